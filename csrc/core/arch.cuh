@@ -1,0 +1,420 @@
+// Every machine instruction our kernels use by name, one small function each, with its host twin beside it. nvcc sees the
+// PTX; every other compiler sees the emulator (simt/simt.h). A kernel that uses only this file and plain C++ runs on both.
+// Two rules make the twin able to find faults: shared memory comes from arch::shared<Struct>() with arch::Array members
+// (bounds-checked when emulated), and waiting for memory is arch::wait_until(...), never a loop of one's own.
+#pragma once
+
+#include <cstdint>
+#include <type_traits>
+
+#if defined(__CUDACC__)
+#define TW_DEVICE __device__ __forceinline__
+#define TW_HOST_DEVICE __host__ __device__ __forceinline__
+#define TW_MEMBER __device__ __forceinline__
+#define TW_KERNEL __global__
+#else
+#include <bit>
+#include <cmath>
+#include <cstring>
+
+#include "simt/simt.h"
+// static: an always-inlined copy per file, so that code built for another instruction set is never merged in.
+#define TW_DEVICE static inline __attribute__((always_inline))
+#define TW_HOST_DEVICE static inline __attribute__((always_inline))
+#define TW_MEMBER __attribute__((always_inline)) inline
+#define TW_KERNEL
+#define __launch_bounds__(...)
+#define threadIdx (::simt::current->thread_idx)
+#define blockIdx (::simt::current->block_idx)
+#define blockDim (::simt::current->block_dim)
+#define gridDim (::simt::current->grid_dim)
+#endif
+
+// The call site, for the emulator's reports; costs nothing on a GPU, where the arguments are unused.
+#define TW_SITE const char *site_file = __builtin_FILE(), int site_line = __builtin_LINE()
+#define TW_HERE (::simt::Site{site_file, site_line})
+
+namespace tokenweave::inline TOKENWEAVE_BACKEND::arch {
+
+constexpr int kWarpSize = 32;
+constexpr uint32_t kFullWarp = 0xffffffffu;
+
+// Linear index in the block, x fastest, and its split into warp and lane.
+TW_DEVICE int thread_index() { return static_cast<int>(threadIdx.x + blockDim.x * threadIdx.y); }
+TW_DEVICE int lane_index() { return thread_index() % kWarpSize; }
+TW_DEVICE int warp_index() { return thread_index() / kWarpSize; }
+
+// ---------------------------------------------------------------------------------------------------- barriers, votes
+
+TW_DEVICE void sync_block([[maybe_unused]] TW_SITE) {
+#if defined(__CUDACC__)
+  asm volatile("barrier.sync 0;" ::: "memory");
+#else
+  ::simt::sync_block(TW_HERE);
+#endif
+}
+
+TW_DEVICE void sync_warp(uint32_t mask = kFullWarp, [[maybe_unused]] TW_SITE) {
+#if defined(__CUDACC__)
+  asm volatile("bar.warp.sync %0;" ::"r"(mask) : "memory");
+#else
+  ::simt::sync_warp(mask, TW_HERE);
+#endif
+}
+
+#if defined(__CUDACC__)
+// Shuffles move 4-byte values; T may be any trivially copyable type of 4 bytes.
+#define TW_SHUFFLE(name, ptx, clamp, kind)                                                                       \
+  template <class T>                                                                                             \
+  TW_DEVICE T name(T value, uint32_t operand, uint32_t mask = kFullWarp, TW_SITE) {                              \
+    static_assert(sizeof(T) == 4 && std::is_trivially_copyable_v<T>);                                            \
+    uint32_t bits, result;                                                                                       \
+    __builtin_memcpy(&bits, &value, 4);                                                                          \
+    asm volatile("shfl.sync." ptx ".b32 %0, %1, %2, %3, %4;"                                                     \
+                 : "=r"(result)                                                                                  \
+                 : "r"(bits), "r"(operand), "n"(clamp), "r"(mask));                                              \
+    __builtin_memcpy(&value, &result, 4);                                                                        \
+    return value;                                                                                                \
+  }
+#else
+#define TW_SHUFFLE(name, ptx, clamp, kind)                                                                       \
+  template <class T>                                                                                             \
+  TW_DEVICE T name(T value, uint32_t operand, uint32_t mask = kFullWarp, TW_SITE) {                              \
+    static_assert(sizeof(T) == 4 && std::is_trivially_copyable_v<T>);                                            \
+    return std::bit_cast<T>(static_cast<uint32_t>(                                                               \
+        ::simt::exchange(::simt::Exchange::kind, mask, std::bit_cast<uint32_t>(value), operand, TW_HERE)));      \
+  }
+#endif
+TW_SHUFFLE(shuffle, "idx", 0x1f, shuffle)           // from lane `operand`
+TW_SHUFFLE(shuffle_xor, "bfly", 0x1f, shuffle_xor)  // from lane ^ operand
+TW_SHUFFLE(shuffle_up, "up", 0x00, shuffle_up)      // from lane - operand, own value below it
+TW_SHUFFLE(shuffle_down, "down", 0x1f, shuffle_down)  // from lane + operand, own value above it
+#undef TW_SHUFFLE
+
+TW_DEVICE uint32_t ballot(bool predicate, uint32_t mask = kFullWarp, [[maybe_unused]] TW_SITE) {
+#if defined(__CUDACC__)
+  uint32_t result;
+  asm volatile("{ .reg .pred p; setp.ne.u32 p, %1, 0; vote.sync.ballot.b32 %0, p, %2; }"
+               : "=r"(result)
+               : "r"(static_cast<uint32_t>(predicate)), "r"(mask));
+  return result;
+#else
+  return static_cast<uint32_t>(::simt::exchange(::simt::Exchange::ballot, mask, predicate, 0, TW_HERE));
+#endif
+}
+
+TW_DEVICE bool any(bool predicate, uint32_t mask = kFullWarp, [[maybe_unused]] TW_SITE) {
+#if defined(__CUDACC__)
+  uint32_t result;
+  asm volatile("{ .reg .pred p, q; setp.ne.u32 p, %1, 0; vote.sync.any.pred q, p, %2; selp.u32 %0, 1, 0, q; }"
+               : "=r"(result)
+               : "r"(static_cast<uint32_t>(predicate)), "r"(mask));
+  return result != 0;
+#else
+  return ::simt::exchange(::simt::Exchange::any, mask, predicate, 0, TW_HERE) != 0;
+#endif
+}
+
+TW_DEVICE bool all(bool predicate, uint32_t mask = kFullWarp, [[maybe_unused]] TW_SITE) {
+#if defined(__CUDACC__)
+  uint32_t result;
+  asm volatile("{ .reg .pred p, q; setp.ne.u32 p, %1, 0; vote.sync.all.pred q, p, %2; selp.u32 %0, 1, 0, q; }"
+               : "=r"(result)
+               : "r"(static_cast<uint32_t>(predicate)), "r"(mask));
+  return result != 0;
+#else
+  return ::simt::exchange(::simt::Exchange::all, mask, predicate, 0, TW_HERE) != 0;
+#endif
+}
+
+// ------------------------------------------------------------------------------------------------------ shared memory
+
+// A fixed array inside a shared struct; an index out of range is a report when emulated and unchecked on a GPU.
+template <class T, int kLength>
+struct Array {
+  T values[kLength];
+
+  TW_MEMBER T& operator[](int index) { return values[checked(index)]; }
+  TW_MEMBER const T& operator[](int index) const { return values[checked(index)]; }
+
+ private:
+  static TW_MEMBER int checked(int index) {
+#if !defined(__CUDACC__)
+    if (index < 0 || index >= kLength) {
+      ::simt::fault({__FILE__, __LINE__}, "index %d is outside a shared array of %d elements", index, kLength);
+    }
+#endif
+    return index;
+  }
+};
+
+// The block's one shared struct. Its size is the launch's shared_bytes; contents are undefined at kernel start.
+template <class Struct>
+TW_DEVICE Struct& shared([[maybe_unused]] TW_SITE) {
+  static_assert(std::is_trivially_destructible_v<Struct> && alignof(Struct) <= 128);
+#if defined(__CUDACC__)
+  extern __shared__ __align__(128) unsigned char dynamic_shared_memory[];
+  return *reinterpret_cast<Struct*>(dynamic_shared_memory);
+#else
+  return *static_cast<Struct*>(::simt::shared_memory(sizeof(Struct), TW_HERE));
+#endif
+}
+
+// ------------------------------------------------------------------------------------------------------ global memory
+
+struct alignas(16) Vec16 {
+  uint32_t words[4];
+};
+
+// 16 bytes that this kernel reads once: not kept in L1, ordinary in L2, where the producer may just have left them.
+TW_DEVICE Vec16 load_streaming(const Vec16* address, [[maybe_unused]] TW_SITE) {
+  Vec16 v;
+#if defined(__CUDACC__)
+  asm volatile("ld.global.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(v.words[0]), "=r"(v.words[1]), "=r"(v.words[2]), "=r"(v.words[3])
+               : "l"(address)
+               : "memory");
+#else
+  if (!::simt::peer_memory_registered) return *address;
+  ::simt::load(&v, address, 16, ::simt::Order::weak, ::simt::Scope::gpu, TW_HERE);
+#endif
+  return v;
+}
+
+// 16 bytes that this kernel does not read again; the next kernel finds them in L2.
+TW_DEVICE void store_streaming(Vec16* address, const Vec16& v, [[maybe_unused]] TW_SITE) {
+#if defined(__CUDACC__)
+  asm volatile("st.global.L1::no_allocate.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(address), "r"(v.words[0]),
+               "r"(v.words[1]), "r"(v.words[2]), "r"(v.words[3])
+               : "memory");
+#else
+  if (!::simt::peer_memory_registered) {
+    *address = v;
+    return;
+  }
+  ::simt::store(address, &v, 16, ::simt::Order::weak, ::simt::Scope::gpu, TW_HERE);
+#endif
+}
+
+enum class Scope { gpu, sys };
+#if !defined(__CUDACC__)
+template <Scope scope>
+inline constexpr ::simt::Scope kTwinScope = scope == Scope::gpu ? ::simt::Scope::gpu : ::simt::Scope::sys;
+#endif
+
+// load_relaxed, load_acquire, store_relaxed, store_release: one word of 4 or 8 bytes, at gpu or sys scope.
+#if defined(__CUDACC__)
+#define TW_LOAD(order)                                                                                            \
+  template <Scope scope, class T>                                                                                 \
+  TW_DEVICE T load_##order(const T* address, TW_SITE) {                                                           \
+    static_assert(std::is_same_v<T, uint32_t> || std::is_same_v<T, uint64_t>);                                    \
+    T value;                                                                                                      \
+    if constexpr (sizeof(T) == 4 && scope == Scope::gpu)                                                          \
+      asm volatile("ld." #order ".gpu.global.u32 %0, [%1];" : "=r"(value) : "l"(address) : "memory");             \
+    else if constexpr (sizeof(T) == 4)                                                                            \
+      asm volatile("ld." #order ".sys.global.u32 %0, [%1];" : "=r"(value) : "l"(address) : "memory");             \
+    else if constexpr (scope == Scope::gpu)                                                                       \
+      asm volatile("ld." #order ".gpu.global.u64 %0, [%1];" : "=l"(value) : "l"(address) : "memory");             \
+    else                                                                                                          \
+      asm volatile("ld." #order ".sys.global.u64 %0, [%1];" : "=l"(value) : "l"(address) : "memory");             \
+    return value;                                                                                                 \
+  }
+#define TW_STORE(order)                                                                                           \
+  template <Scope scope, class T>                                                                                 \
+  TW_DEVICE void store_##order(T* address, std::type_identity_t<T> value, TW_SITE) {                              \
+    static_assert(std::is_same_v<T, uint32_t> || std::is_same_v<T, uint64_t>);                                    \
+    if constexpr (sizeof(T) == 4 && scope == Scope::gpu)                                                          \
+      asm volatile("st." #order ".gpu.global.u32 [%0], %1;" ::"l"(address), "r"(value) : "memory");               \
+    else if constexpr (sizeof(T) == 4)                                                                            \
+      asm volatile("st." #order ".sys.global.u32 [%0], %1;" ::"l"(address), "r"(value) : "memory");               \
+    else if constexpr (scope == Scope::gpu)                                                                       \
+      asm volatile("st." #order ".gpu.global.u64 [%0], %1;" ::"l"(address), "l"(value) : "memory");               \
+    else                                                                                                          \
+      asm volatile("st." #order ".sys.global.u64 [%0], %1;" ::"l"(address), "l"(value) : "memory");               \
+  }
+#else
+#define TW_LOAD(order)                                                                                            \
+  template <Scope scope, class T>                                                                                 \
+  TW_DEVICE T load_##order(const T* address, TW_SITE) {                                                           \
+    static_assert(std::is_same_v<T, uint32_t> || std::is_same_v<T, uint64_t>);                                    \
+    T value;                                                                                                      \
+    ::simt::load(&value, address, sizeof(T), ::simt::Order::order, kTwinScope<scope>, TW_HERE);                   \
+    return value;                                                                                                 \
+  }
+#define TW_STORE(order)                                                                                           \
+  template <Scope scope, class T>                                                                                 \
+  TW_DEVICE void store_##order(T* address, std::type_identity_t<T> value, TW_SITE) {                              \
+    static_assert(std::is_same_v<T, uint32_t> || std::is_same_v<T, uint64_t>);                                    \
+    ::simt::store(address, &value, sizeof(T), ::simt::Order::order, kTwinScope<scope>, TW_HERE);                  \
+  }
+#endif
+TW_LOAD(relaxed)
+TW_LOAD(acquire)
+TW_STORE(relaxed)
+TW_STORE(release)
+#undef TW_LOAD
+#undef TW_STORE
+
+// cas_{relaxed,acquire,release,acq_rel} and add_{...}: return the word's value before the operation.
+#if defined(__CUDACC__)
+#define TW_ATOMIC(order)                                                                                          \
+  template <Scope scope, class T>                                                                                 \
+  TW_DEVICE T cas_##order(T* address, std::type_identity_t<T> expected, std::type_identity_t<T> desired,          \
+                          TW_SITE) {                                                                              \
+    static_assert(std::is_same_v<T, uint32_t> || std::is_same_v<T, uint64_t>);                                    \
+    T old;                                                                                                        \
+    if constexpr (sizeof(T) == 4 && scope == Scope::gpu)                                                          \
+      asm volatile("atom." #order ".gpu.global.cas.b32 %0, [%1], %2, %3;"                                         \
+                   : "=r"(old) : "l"(address), "r"(expected), "r"(desired) : "memory");                           \
+    else if constexpr (sizeof(T) == 4)                                                                            \
+      asm volatile("atom." #order ".sys.global.cas.b32 %0, [%1], %2, %3;"                                         \
+                   : "=r"(old) : "l"(address), "r"(expected), "r"(desired) : "memory");                           \
+    else if constexpr (scope == Scope::gpu)                                                                       \
+      asm volatile("atom." #order ".gpu.global.cas.b64 %0, [%1], %2, %3;"                                         \
+                   : "=l"(old) : "l"(address), "l"(expected), "l"(desired) : "memory");                           \
+    else                                                                                                          \
+      asm volatile("atom." #order ".sys.global.cas.b64 %0, [%1], %2, %3;"                                         \
+                   : "=l"(old) : "l"(address), "l"(expected), "l"(desired) : "memory");                           \
+    return old;                                                                                                   \
+  }                                                                                                               \
+  template <Scope scope, class T>                                                                                 \
+  TW_DEVICE T add_##order(T* address, std::type_identity_t<T> value, TW_SITE) {                                   \
+    static_assert(std::is_same_v<T, uint32_t> || std::is_same_v<T, uint64_t>);                                    \
+    T old;                                                                                                        \
+    if constexpr (sizeof(T) == 4 && scope == Scope::gpu)                                                          \
+      asm volatile("atom." #order ".gpu.global.add.u32 %0, [%1], %2;"                                             \
+                   : "=r"(old) : "l"(address), "r"(value) : "memory");                                            \
+    else if constexpr (sizeof(T) == 4)                                                                            \
+      asm volatile("atom." #order ".sys.global.add.u32 %0, [%1], %2;"                                             \
+                   : "=r"(old) : "l"(address), "r"(value) : "memory");                                            \
+    else if constexpr (scope == Scope::gpu)                                                                       \
+      asm volatile("atom." #order ".gpu.global.add.u64 %0, [%1], %2;"                                             \
+                   : "=l"(old) : "l"(address), "l"(value) : "memory");                                            \
+    else                                                                                                          \
+      asm volatile("atom." #order ".sys.global.add.u64 %0, [%1], %2;"                                             \
+                   : "=l"(old) : "l"(address), "l"(value) : "memory");                                            \
+    return old;                                                                                                   \
+  }
+#else
+#define TW_ATOMIC(order)                                                                                          \
+  template <Scope scope, class T>                                                                                 \
+  TW_DEVICE T cas_##order(T* address, std::type_identity_t<T> expected, std::type_identity_t<T> desired,          \
+                          TW_SITE) {                                                                              \
+    static_assert(std::is_same_v<T, uint32_t> || std::is_same_v<T, uint64_t>);                                    \
+    return static_cast<T>(::simt::compare_and_swap(address, sizeof(T), expected, desired, ::simt::Order::order,   \
+                                                   kTwinScope<scope>, TW_HERE));                                  \
+  }                                                                                                               \
+  template <Scope scope, class T>                                                                                 \
+  TW_DEVICE T add_##order(T* address, std::type_identity_t<T> value, TW_SITE) {                                   \
+    static_assert(std::is_same_v<T, uint32_t> || std::is_same_v<T, uint64_t>);                                    \
+    return static_cast<T>(                                                                                        \
+        ::simt::fetch_add(address, sizeof(T), value, ::simt::Order::order, kTwinScope<scope>, TW_HERE));          \
+  }
+#endif
+TW_ATOMIC(relaxed)
+TW_ATOMIC(acquire)
+TW_ATOMIC(release)
+TW_ATOMIC(acq_rel)
+#undef TW_ATOMIC
+
+template <Scope scope>
+TW_DEVICE void fence_acq_rel([[maybe_unused]] TW_SITE) {
+#if defined(__CUDACC__)
+  if constexpr (scope == Scope::gpu)
+    asm volatile("fence.acq_rel.gpu;" ::: "memory");
+  else
+    asm volatile("fence.acq_rel.sys;" ::: "memory");
+#else
+  ::simt::fence(kTwinScope<scope>, TW_HERE);
+#endif
+}
+
+// -------------------------------------------------------------------------------------------------------------- waiting
+
+TW_DEVICE uint64_t globaltimer_ns() {
+#if defined(__CUDACC__)
+  uint64_t now;
+  asm volatile("mov.u64 %0, %%globaltimer;" : "=l"(now));
+  return now;
+#else
+  return ::simt::now_ns();
+#endif
+}
+
+TW_DEVICE void nanosleep(uint32_t duration_ns, [[maybe_unused]] TW_SITE) {
+#if defined(__CUDACC__)
+  asm volatile("nanosleep.u32 %0;" ::"r"(duration_ns));
+#else
+  ::simt::sleep_ns(duration_ns, TW_HERE);
+#endif
+}
+
+// Polls until poll() is true (returns true) or globaltimer_ns() passes deadline_ns (returns false: the caller must leave
+// by a path that writes no result). poll() must read through load_relaxed, load_acquire or an atomic.
+template <class Poll>
+TW_DEVICE bool wait_until(Poll poll, uint64_t deadline_ns, [[maybe_unused]] TW_SITE) {
+#if defined(__CUDACC__)
+  for (uint32_t attempt = 0;; ++attempt) {
+    if (poll()) return true;
+    if (globaltimer_ns() > deadline_ns) return false;
+    if (attempt > 64) nanosleep(100);  // stop loading the link once it is clear that the wait is long
+  }
+#else
+  return ::simt::wait([](void* argument) { return static_cast<bool>((*static_cast<Poll*>(argument))()); }, &poll,
+                      deadline_ns, TW_HERE);
+#endif
+}
+
+// ---------------------------------------------------------------------------------------------------------- arithmetic
+// Correctly rounded on both sides, so that an emulated kernel and a compiled one give the same bits.
+
+TW_DEVICE float divide(float a, float b) {
+#if defined(__CUDACC__)
+  float result;
+  asm("div.rn.f32 %0, %1, %2;" : "=f"(result) : "f"(a), "f"(b));
+  return result;
+#else
+  return a / b;
+#endif
+}
+
+TW_DEVICE float square_root(float a) {
+#if defined(__CUDACC__)
+  float result;
+  asm("sqrt.rn.f32 %0, %1;" : "=f"(result) : "f"(a));
+  return result;
+#else
+  return std::sqrt(a);
+#endif
+}
+
+TW_DEVICE float fused_multiply_add(float a, float b, float c) {
+#if defined(__CUDACC__)
+  float result;
+  asm("fma.rn.f32 %0, %1, %2, %3;" : "=f"(result) : "f"(a), "f"(b), "f"(c));
+  return result;
+#else
+  return std::fma(a, b, c);
+#endif
+}
+
+// Conversions of the 16-bit formats; their host twins are the portable code in numeric.cuh, which CPU kernels share.
+#if defined(__CUDACC__)
+TW_DEVICE uint16_t convert_to_bf16_bits(float value) {
+  uint16_t bits;
+  asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(bits) : "f"(value));
+  return bits;
+}
+TW_DEVICE uint16_t convert_to_fp16_bits(float value) {
+  uint16_t bits;
+  asm("cvt.rn.f16.f32 %0, %1;" : "=h"(bits) : "f"(value));
+  return bits;
+}
+TW_DEVICE float convert_from_fp16_bits(uint16_t bits) {
+  float value;
+  asm("cvt.f32.f16 %0, %1;" : "=f"(value) : "h"(bits));
+  return value;
+}
+#endif
+
+}  // namespace tokenweave::inline TOKENWEAVE_BACKEND::arch

@@ -42,6 +42,15 @@ TW_HOST_DEVICE Vec16 pack(const float (&values)[kPackSize<T>]) {
   return result;
 }
 
+// round(a + b), element by element; word by word, so that few fp32 values are alive at once.
+template <class T>
+TW_HOST_DEVICE Vec16 add_packs(const Vec16& a, const Vec16& b) {
+  float values[kPackSize<T>];
+#pragma unroll
+  for (int i = 0; i < kPackSize<T>; ++i) values[i] = pack_get<T>(a, i) + pack_get<T>(b, i);
+  return pack<T>(values);
+}
+
 template <class T>
 TW_HOST_DEVICE bool is_aligned_16(const T* address) {
   return reinterpret_cast<uintptr_t>(address) % 16 == 0;

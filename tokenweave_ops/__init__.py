@@ -1,0 +1,17 @@
+"""Handwritten Hopper kernels as torch ops, with native CPU kernels of the same meaning.
+
+>>> import torch, tokenweave_ops
+>>> x, residual, weight = torch.randn(4, 64), torch.randn(4, 64), torch.ones(64)
+>>> tokenweave_ops.add_rms_norm_(x, residual, weight)  # residual += x; x = rms_norm(residual)
+
+``python -m tokenweave_ops.info`` says which kernels were built and which load.
+"""
+
+from tokenweave_ops import _library, template_op  # noqa: F401  (template_op defines its op; it is not re-exported)
+from tokenweave_ops.allreduce_rmsnorm import add_rms_norm_, add_rms_norm_train, rms_norm, rms_norm_train
+
+_library.load_libraries()
+
+__version__ = "0.1.0"
+
+__all__ = ["__version__", "add_rms_norm_", "add_rms_norm_train", "rms_norm", "rms_norm_train"]

@@ -1,0 +1,193 @@
+"""Family allreduce_rmsnorm: RMSNorm and fused residual add + RMSNorm (the world_size = 1 members of the family).
+
+Numeric contract, met by every backend:
+
+- ``h = round(x + residual)``: added in fp32, rounded once to the element type (nearest even). The norm is of this
+  rounded ``h``, the value the next layer will read.
+- ``rstd = 1 / sqrt(mean(h^2) + eps)``: squares accumulated, divided and rooted in fp32.
+- ``y = round((h * rstd) * (weight + weight_bias))``: fp32 products, rounded once to the element type.
+- The order of the fp32 additions depends on ``hidden``, on alignment and on the backend only: the same row gives the same
+  bits in every run, whatever the other rows, the batch size or the number of threads.
+- A NaN anywhere in a row makes the whole row of ``y`` NaN; an infinity makes ``rstd`` 0, hence ``inf * 0 = NaN`` at its
+  own place and 0 elsewhere. Other rows are not affected. NaN payloads are not kept.
+- eps = 0 and an all-zero row give ``0 * inf = NaN``, as the formula says; any eps > 0 gives exactly 0.
+
+Sources: Zhang and Sennrich, "Root Mean Square Layer Normalization", 2019 (the norm); TokenWeave, arXiv 2505.11329
+(the fused form). TokenWeave's own kernel rounds four times per element where this one rounds twice.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from tokenweave_ops._library import define_op
+
+# ---------------------------------------------------------------------------------------------- schemas, fake kernels
+
+
+def _empty_like_rows(x: Tensor) -> Tensor:
+    """Outputs are contiguous whatever the strides of x."""
+    return x.new_empty(x.shape)
+
+
+def _fake_rms_norm_train(x, weight, eps, weight_bias):
+    return _empty_like_rows(x), x.new_empty(x.shape[:-1].numel(), dtype=torch.float32)
+
+
+def _fake_add_rms_norm_train(x, residual, weight, eps, weight_bias):
+    y, rstd = _fake_rms_norm_train(x, weight, eps, weight_bias)
+    return y, _empty_like_rows(x), rstd
+
+
+def _setup_rms_norm_train(ctx, inputs, output):
+    x, weight, _eps, ctx.weight_bias = inputs
+    _y, rstd = output
+    ctx.save_for_backward(x, weight, rstd)
+
+
+def _backward_rms_norm_train(ops, ctx, grad_y, _grad_rstd):
+    x, weight, rstd = ctx.saved_tensors
+    grad_x, grad_weight = ops.rms_norm_backward(
+        grad_y.contiguous(), None, x.contiguous(), weight, rstd, ctx.weight_bias
+    )
+    return grad_x, grad_weight, None, None
+
+
+def _setup_add_rms_norm_train(ctx, inputs, output):
+    _x, _residual, weight, _eps, ctx.weight_bias = inputs
+    _y, h, rstd = output
+    ctx.save_for_backward(h, weight, rstd)
+
+
+def _backward_add_rms_norm_train(ops, ctx, grad_y, grad_h, _grad_rstd):
+    h, weight, rstd = ctx.saved_tensors
+    grad_sum, grad_weight = ops.rms_norm_backward(
+        grad_y.contiguous(), grad_h.contiguous(), h, weight, rstd, ctx.weight_bias
+    )
+    return grad_sum, grad_sum, grad_weight, None, None
+
+
+define_op(
+    "rms_norm(Tensor x, Tensor weight, float eps, float weight_bias) -> Tensor",
+    fake=lambda x, weight, eps, weight_bias: _empty_like_rows(x),
+)
+define_op(
+    "rms_norm_out(Tensor x, Tensor weight, float eps, float weight_bias, Tensor(a!) out) -> ()",
+    fake=lambda x, weight, eps, weight_bias, out: None,
+)
+define_op(
+    "add_rms_norm_(Tensor(a!) x, Tensor(b!) residual, Tensor weight, float eps, float weight_bias) -> ()",
+    fake=lambda x, residual, weight, eps, weight_bias: None,
+)
+define_op(
+    "rms_norm_train(Tensor x, Tensor weight, float eps, float weight_bias) -> (Tensor y, Tensor rstd)",
+    fake=_fake_rms_norm_train,
+    setup_context=_setup_rms_norm_train,
+    backward=_backward_rms_norm_train,
+)
+define_op(
+    "add_rms_norm_train(Tensor x, Tensor residual, Tensor weight, float eps, float weight_bias)"
+    " -> (Tensor y, Tensor h, Tensor rstd)",
+    fake=_fake_add_rms_norm_train,
+    setup_context=_setup_add_rms_norm_train,
+    backward=_backward_add_rms_norm_train,
+)
+define_op(
+    "rms_norm_backward(Tensor grad_y, Tensor? grad_h, Tensor h, Tensor weight, Tensor rstd, float weight_bias)"
+    " -> (Tensor grad_x, Tensor grad_weight)",
+    fake=lambda grad_y, grad_h, h, weight, rstd, weight_bias: (_empty_like_rows(h), torch.empty_like(weight)),
+)
+
+# Looked up once: a call costs one dispatch. Tests replace them by their emulated counterparts (testing.emulated).
+_rms_norm = torch.ops.tokenweave.rms_norm.default
+_rms_norm_out = torch.ops.tokenweave.rms_norm_out.default
+_add_rms_norm_ = torch.ops.tokenweave.add_rms_norm_.default
+_rms_norm_train = torch.ops.tokenweave.rms_norm_train.default
+_add_rms_norm_train = torch.ops.tokenweave.add_rms_norm_train.default
+
+
+def _refuse_grad(op: str, training_op: str) -> None:
+    # Here and not in the kernel: torch's stable ABI cannot ask a tensor whether it requires grad.
+    raise RuntimeError(
+        f"{op}: an input requires grad, but this inference op has no gradient; "
+        f"use {training_op}, or call it under torch.no_grad()"
+    )
+
+
+# ------------------------------------------------------------------------------------------------------ public functions
+
+
+def rms_norm(
+    x: Tensor, weight: Tensor, eps: float = 1e-6, *, weight_bias: float = 0.0, out: Tensor | None = None
+) -> Tensor:
+    """RMSNorm over the last dimension: ``x / sqrt(mean(x^2) + eps) * (weight + weight_bias)``.
+
+    Numerics: the module's contract, with ``h = x``. No gradient: see :func:`rms_norm_train`.
+
+    Args:
+        x: ``[..., hidden]``, bf16, fp16 or fp32, hidden 1 to 65,536. The last dimension is contiguous; the leading ones
+            may be strided as long as they fold into at most two strides (a slice of rows or of heads).
+        weight: ``[hidden]``, contiguous, dtype and device of x.
+        eps: added to the mean square, at least 0.
+        weight_bias: added to the weight in fp32; 1.0 for models that store ``weight - 1`` (Gemma).
+        out: where the result goes: shape, dtype and device of x, any strides allowed for x, no overlap with x or weight.
+
+    Returns:
+        out if given, else a new contiguous tensor like x.
+
+    Raises:
+        RuntimeError: an argument does not fit (nothing has been written then), an input requires grad while grad mode
+            is on, or no kernels were built for the device.
+    """
+    if torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad):
+        _refuse_grad("rms_norm", "rms_norm_train")
+    if out is None:
+        return _rms_norm(x, weight, eps, weight_bias)
+    _rms_norm_out(x, weight, eps, weight_bias, out)
+    return out
+
+
+def add_rms_norm_(x: Tensor, residual: Tensor, weight: Tensor, eps: float = 1e-6, *, weight_bias: float = 0.0) -> None:
+    """Residual add and RMSNorm in place: ``residual <- h = x + residual``, then ``x <- rms_norm(h)``.
+
+    The pair a pre-norm transformer runs twice a layer, in one pass: each element is read once and written once.
+    Numerics: the module's contract. No gradient: see :func:`add_rms_norm_train`.
+
+    Args:
+        x: ``[..., hidden]``, bf16, fp16 or fp32, hidden 1 to 65,536; overwritten by the normed sum. The last dimension is
+            contiguous; the leading ones may be strided as long as they fold into at most two strides.
+        residual: shape, dtype and device of x, its strides may differ; overwritten by the sum. Must not overlap x.
+        weight: ``[hidden]``, contiguous, dtype and device of x.
+        eps: added to the mean square, at least 0.
+        weight_bias: added to the weight in fp32; 1.0 for models that store ``weight - 1`` (Gemma).
+
+    Raises:
+        RuntimeError: an argument does not fit (nothing has been written then), an input requires grad while grad mode
+            is on, or no kernels were built for the device.
+    """
+    if torch.is_grad_enabled() and (x.requires_grad or residual.requires_grad or weight.requires_grad):
+        _refuse_grad("add_rms_norm_", "add_rms_norm_train")
+    _add_rms_norm_(x, residual, weight, eps, weight_bias)
+
+
+def rms_norm_train(x: Tensor, weight: Tensor, eps: float = 1e-6, *, weight_bias: float = 0.0) -> Tensor:
+    """Differentiable :func:`rms_norm`; keeps x and one fp32 number per row for the backward pass.
+
+    Arguments, errors and forward numerics are those of :func:`rms_norm`. Backward: fp32 throughout; the weight's gradient
+    is summed over fixed groups of rows, then over the groups, so it is the same in every run; rounded once at the end.
+    """
+    return _rms_norm_train(x, weight, eps, weight_bias)[0]
+
+
+def add_rms_norm_train(
+    x: Tensor, residual: Tensor, weight: Tensor, eps: float = 1e-6, *, weight_bias: float = 0.0
+) -> tuple[Tensor, Tensor]:
+    """Differentiable residual add and RMSNorm: returns ``(y, h)``, both new, and leaves the inputs alone.
+
+    ``h = x + residual`` goes to the next residual add, ``y = rms_norm(h)`` to the layer; the gradients of both are
+    folded into one pass. Arguments, errors and forward numerics are those of :func:`add_rms_norm_`, but x and residual
+    may overlap; backward numerics are those of :func:`rms_norm_train`.
+    """
+    y, h, _rstd = _add_rms_norm_train(x, residual, weight, eps, weight_bias)
+    return y, h

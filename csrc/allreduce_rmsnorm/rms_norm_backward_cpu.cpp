@@ -39,14 +39,14 @@ TW_CPU void backward_row(const RmsNormBackwardParams& p, int64_t row, float* par
   Float16Lanes sum{};
   for (int64_t i = 0; i < hidden; i += kLanes) {
     const Float16Lanes g = load_at(grad_y, i, hidden), n = load_at(h, i, hidden) * rstd;
-    sum += g * (load_at(weight, i, hidden) + bias) * n;
+    sum = sum + g * (load_at(weight, i, hidden) + bias) * n;
     store_at(partial, i, hidden, load_at(partial, i, hidden) + g * n);
   }
   const Float16Lanes mean = broadcast(sum_lanes(sum) / static_cast<float>(hidden));
   for (int64_t i = 0; i < hidden; i += kLanes) {
     const Float16Lanes a = load_at(grad_y, i, hidden) * (load_at(weight, i, hidden) + bias);
     Float16Lanes result = rstd * (a - load_at(h, i, hidden) * rstd * mean);
-    if (p.grad_h != nullptr) result += load_at(static_cast<const T*>(p.grad_h) + row * hidden, i, hidden);
+    if (p.grad_h != nullptr) result = result + load_at(static_cast<const T*>(p.grad_h) + row * hidden, i, hidden);
     store_at(grad_x, i, hidden, result);
   }
 }

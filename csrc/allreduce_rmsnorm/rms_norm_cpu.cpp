@@ -29,12 +29,12 @@ TW_CPU float sum_of_squares(const T* x, const T* residual, T* h, int64_t hidden)
   for (; i + 2 * kLanes <= hidden; i += 2 * kLanes) {
     const Float16Lanes first = load_sum<T, kHasResidual>(x + i, residual + i, h + i);
     const Float16Lanes second = load_sum<T, kHasResidual>(x + i + kLanes, residual + i + kLanes, h + i + kLanes);
-    even += first * first;
-    odd += second * second;
+    even = even + first * first;
+    odd = odd + second * second;
   }
   if (i + kLanes <= hidden) {
     const Float16Lanes value = load_sum<T, kHasResidual>(x + i, residual + i, h + i);
-    even += value * value;
+    even = even + value * value;
     i += kLanes;
   }
   if (i < hidden) {
@@ -46,7 +46,7 @@ TW_CPU float sum_of_squares(const T* x, const T* residual, T* h, int64_t hidden)
       store_partial(h + i, value + other, hidden - i);
       load_partial(value, h + i, hidden - i);
     }
-    odd += value * value;
+    odd = odd + value * value;
   }
   return sum_lanes(even + odd);
 }

@@ -12,24 +12,54 @@
 #include "core/numeric.cuh"
 #include "core/op.h"
 
-#if defined(__AVX2__)
+#if defined(__x86_64__)
 #include <immintrin.h>
 #endif
 
 #if defined(__GNUC__) && !defined(__clang__)
-#pragma GCC diagnostic ignored "-Wpsabi"  // about passing lanes by value; every such function is inlined
+#pragma GCC diagnostic ignored "-Wpsabi"                // about passing lanes by value; every such function is inlined
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"  // gcc 12 on its own AVX-512 intrinsics
 #endif
 
 namespace tokenweave::inline TOKENWEAVE_BACKEND::inline TOKENWEAVE_ISA {
 
-constexpr int kLanes = 16;
-typedef float Float16Lanes __attribute__((vector_size(64)));
-typedef uint32_t Bits16Lanes __attribute__((vector_size(64)));
-typedef uint16_t Half16Lanes __attribute__((vector_size(32)));
-
 #define TW_CPU static inline __attribute__((always_inline))
 
-TW_CPU Float16Lanes broadcast(float value) { return Float16Lanes{} + value; }
+constexpr int kLanes = 16;
+#if defined(__AVX512F__)
+constexpr int kRegisterBytes = 64;
+#elif defined(__AVX2__)
+constexpr int kRegisterBytes = 32;
+#else
+constexpr int kRegisterBytes = 16;
+#endif
+constexpr int kParts = kLanes * 4 / kRegisterBytes;
+constexpr int kPartLanes = kLanes / kParts;
+
+// One register's worth of the 16 lanes; gcc's vector types, so + * & >> and comparisons work lane by lane.
+typedef float Part __attribute__((vector_size(kRegisterBytes)));
+typedef uint32_t PartBits __attribute__((vector_size(kRegisterBytes)));
+
+struct Float16Lanes {
+  Part part[kParts];
+};
+
+#define TW_CPU_OPERATOR(op)                                                                \
+  TW_CPU Float16Lanes operator op(const Float16Lanes& a, const Float16Lanes& b) {          \
+    Float16Lanes result;                                                                   \
+    for (int i = 0; i < kParts; ++i) result.part[i] = a.part[i] op b.part[i];              \
+    return result;                                                                         \
+  }
+TW_CPU_OPERATOR(+)
+TW_CPU_OPERATOR(-)
+TW_CPU_OPERATOR(*)
+#undef TW_CPU_OPERATOR
+
+TW_CPU Float16Lanes broadcast(float value) {
+  Float16Lanes result;
+  for (int i = 0; i < kParts; ++i) result.part[i] = Part{} + value;
+  return result;
+}
 
 // In a fixed tree: lanes 8 apart, then 4, 2, 1.
 TW_CPU float sum_lanes(const Float16Lanes& lanes) {
@@ -41,49 +71,117 @@ TW_CPU float sum_lanes(const Float16Lanes& lanes) {
   return v[0];
 }
 
-TW_CPU void load_lanes(Float16Lanes& lanes, const float* source) { std::memcpy(&lanes, source, sizeof(lanes)); }
+TW_CPU void load_lanes(Float16Lanes& lanes, const float* source) {
+  for (int i = 0; i < kParts; ++i) std::memcpy(&lanes.part[i], source + i * kPartLanes, kRegisterBytes);
+}
 TW_CPU void store_lanes(float* destination, const Float16Lanes& lanes) {
-  std::memcpy(destination, &lanes, sizeof(lanes));
+  for (int i = 0; i < kParts; ++i) std::memcpy(destination + i * kPartLanes, &lanes.part[i], kRegisterBytes);
 }
 
+// 16-bit words to and from the high halves of the 32-bit lanes; the low halves come as zero and are dropped.
+struct Bits16Lanes {
+  PartBits part[kParts];
+};
+
+TW_CPU Bits16Lanes load_high_halves(const void* source) {
+  Bits16Lanes result;
+  const uint16_t* words = static_cast<const uint16_t*>(source);
+#if defined(__AVX512F__)
+  const __m256i v = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(words));
+  result.part[0] = (PartBits)_mm512_cvtepu16_epi32(v) << 16;
+#elif defined(__AVX2__)
+  for (int i = 0; i < kParts; ++i) {
+    const __m128i v = _mm_loadu_si128(reinterpret_cast<const __m128i*>(words + i * kPartLanes));
+    result.part[i] = (PartBits)_mm256_cvtepu16_epi32(v) << 16;
+  }
+#elif defined(__SSE2__)
+  for (int i = 0; i < kParts; ++i) {
+    const __m128i v = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(words + i * kPartLanes));
+    result.part[i] = (PartBits)_mm_unpacklo_epi16(_mm_setzero_si128(), v);
+  }
+#else
+  for (int lane = 0; lane < kLanes; ++lane) {
+    result.part[lane / kPartLanes][lane % kPartLanes] = static_cast<uint32_t>(words[lane]) << 16;
+  }
+#endif
+  return result;
+}
+
+TW_CPU void store_high_halves(void* destination, const Bits16Lanes& lanes) {
+  uint16_t* words = static_cast<uint16_t*>(destination);
+#if defined(__AVX512F__)
+  const __m256i v = _mm512_cvtepi32_epi16((__m512i)(lanes.part[0] >> 16));
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(words), v);
+#elif defined(__AVX2__)
+  // The arithmetic shift makes words that the signed pack keeps whole; it packs per 128 bits, hence the permute.
+  const __m256i low = _mm256_srai_epi32((__m256i)lanes.part[0], 16), high = _mm256_srai_epi32((__m256i)lanes.part[1], 16);
+  const __m256i v = _mm256_permute4x64_epi64(_mm256_packs_epi32(low, high), 0xd8);
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(words), v);
+#elif defined(__SSE2__)
+  for (int i = 0; i < kParts; i += 2) {
+    const __m128i low = _mm_srai_epi32((__m128i)lanes.part[i], 16), high = _mm_srai_epi32((__m128i)lanes.part[i + 1], 16);
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(words + i * kPartLanes), _mm_packs_epi32(low, high));
+  }
+#else
+  for (int lane = 0; lane < kLanes; ++lane) {
+    words[lane] = static_cast<uint16_t>(lanes.part[lane / kPartLanes][lane % kPartLanes] >> 16);
+  }
+#endif
+}
+
+// The conversions below are those of numeric.cuh, lane by lane.
 TW_CPU void load_lanes(Float16Lanes& lanes, const bf16* source) {
-  Half16Lanes bits;
-  std::memcpy(&bits, source, sizeof(bits));
-  const Bits16Lanes wide = __builtin_convertvector(bits, Bits16Lanes) << 16;
-  std::memcpy(&lanes, &wide, sizeof(lanes));
+  const Bits16Lanes bits = load_high_halves(source);
+  for (int i = 0; i < kParts; ++i) lanes.part[i] = (Part)bits.part[i];
 }
 TW_CPU void store_lanes(bf16* destination, const Float16Lanes& lanes) {
-  Bits16Lanes bits;
-  std::memcpy(&bits, &lanes, sizeof(bits));
-  const Bits16Lanes rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
-  const Bits16Lanes result = (bits & 0x7fffffffu) > 0x7f800000u ? Bits16Lanes{} + 0x7fffu : rounded;
-  const Half16Lanes narrow = __builtin_convertvector(result, Half16Lanes);
-  std::memcpy(destination, &narrow, sizeof(narrow));
+  Bits16Lanes result;
+  for (int i = 0; i < kParts; ++i) {
+    const PartBits bits = (PartBits)lanes.part[i];
+    const PartBits rounded = bits + 0x7fffu + ((bits >> 16) & 1u);
+    result.part[i] = lanes.part[i] == lanes.part[i] ? rounded : PartBits{} + 0x7fff0000u;
+  }
+  store_high_halves(destination, result);
 }
 
 TW_CPU void load_lanes(Float16Lanes& lanes, const fp16* source) {
-#if defined(__F16C__)
-  __m128i bits[2];
-  std::memcpy(bits, source, sizeof(bits));
-  const __m256 wide[2] = {_mm256_cvtph_ps(bits[0]), _mm256_cvtph_ps(bits[1])};
-  std::memcpy(&lanes, wide, sizeof(lanes));
+#if defined(__AVX512F__)
+  lanes.part[0] = _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(source)));
+#elif defined(__F16C__)
+  for (int i = 0; i < kParts; ++i) {
+    lanes.part[i] = _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(source + i * kPartLanes)));
+  }
 #else
-  float v[kLanes];
-  for (int i = 0; i < kLanes; ++i) v[i] = to_float(source[i]);
-  std::memcpy(&lanes, v, sizeof(lanes));
+  const Bits16Lanes bits = load_high_halves(source);
+  for (int i = 0; i < kParts; ++i) {
+    const PartBits sign = bits.part[i] & 0x80000000u, magnitude = (bits.part[i] & 0x7fffffffu) >> 3;
+    const PartBits exponent = magnitude & 0x0f800000u;
+    const PartBits subnormal = (PartBits)((Part)(magnitude + 0x38800000u) - (Part)(PartBits{} + 0x38800000u));
+    const PartBits finite = exponent == 0 ? subnormal : magnitude + 0x38000000u;
+    lanes.part[i] = (Part)(sign | (exponent == 0x0f800000u ? magnitude + 0x70000000u : finite));
+  }
 #endif
 }
 TW_CPU void store_lanes(fp16* destination, const Float16Lanes& lanes) {
-#if defined(__F16C__)
-  __m256 wide[2];
-  std::memcpy(wide, &lanes, sizeof(wide));
-  const __m128i bits[2] = {_mm256_cvtps_ph(wide[0], _MM_FROUND_TO_NEAREST_INT),
-                           _mm256_cvtps_ph(wide[1], _MM_FROUND_TO_NEAREST_INT)};
-  std::memcpy(destination, bits, sizeof(bits));
+#if defined(__AVX512F__)
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(destination),
+                      _mm512_cvtps_ph(lanes.part[0], _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+#elif defined(__F16C__)
+  for (int i = 0; i < kParts; ++i) {
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(destination + i * kPartLanes),
+                     _mm256_cvtps_ph(lanes.part[i], _MM_FROUND_TO_NEAREST_INT));
+  }
 #else
-  float v[kLanes];
-  std::memcpy(v, &lanes, sizeof(v));
-  for (int i = 0; i < kLanes; ++i) destination[i] = to_fp16(v[i]);
+  Bits16Lanes result;
+  for (int i = 0; i < kParts; ++i) {
+    const PartBits bits = (PartBits)lanes.part[i], sign = (bits >> 16) & 0x8000u, magnitude = bits & 0x7fffffffu;
+    const PartBits subnormal = (PartBits)((Part)magnitude + 0.5f) - 0x3f000000u;
+    const PartBits normal = (magnitude - 0x38000000u + 0xfffu + ((magnitude >> 13) & 1u)) >> 13;
+    const PartBits finite = magnitude < 0x38800000u ? subnormal : normal;
+    const PartBits infinite = magnitude > 0x7f800000u ? PartBits{} + 0x7fffu : PartBits{} + 0x7c00u;
+    result.part[i] = (sign | (magnitude >= 0x477ff000u ? infinite : finite)) << 16;
+  }
+  store_high_halves(destination, result);
 #endif
 }
 

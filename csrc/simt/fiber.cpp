@@ -183,10 +183,14 @@ bool StackSlab::canary_intact(size_t index) const {
   return true;
 }
 
-void StackSlab::forget_frames([[maybe_unused]] size_t count) {
+bool StackSlab::repair(size_t index) {
+  if (index >= canaries_) return false;
 #if defined(SIMT_ASAN)
-  __asan_unpoison_memory_region(base_, count * kStackBytes);
+  __asan_unpoison_memory_region(low_end(index), kStackBytes);
 #endif
+  const bool overflowed = !canary_intact(index);
+  write_canary(index);
+  return overflowed;
 }
 
 void StackSlab::release_beyond(size_t count) {

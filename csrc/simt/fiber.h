@@ -46,15 +46,15 @@ class StackSlab {
   // Makes `context` start in entry() on stack `index` at its first switch. entry must never return.
   void prepare(Context& context, size_t index, void (*entry)());
   bool canary_intact(size_t index) const;
-  void write_canary(size_t index);
 
-  // After fibers were abandoned in the middle: forget what AddressSanitizer knows of their frames.
-  void forget_frames(size_t count);
+  // After a fiber was abandoned in the middle: forgets its frames; true if its stack had overflowed.
+  bool repair(size_t index);
   // Returns the memory of the stacks from `count` on to the system.
   void release_beyond(size_t count);
 
  private:
   char* low_end(size_t index) const { return base_ + index * kStackBytes; }
+  void write_canary(size_t index);
 
   char* base_ = nullptr;
   size_t capacity_ = 0;

@@ -76,12 +76,16 @@ View* PeerMemory::create_view(View* parent, int rank, size_t most_held) {
   return view;
 }
 
-void PeerMemory::retire(View* view) {
-  move_held(*view, *view->parent);
+void PeerMemory::retire(View* view, View& orphans) {
+  for (const HeldStore& store : view->held) {
+    commit_overlapping(view->parent, store.granule, store.offset, store.length);
+    hold(orphans, store);
+  }
+  drop_held(*view);
   unused_.push_back(view);
 }
 
-void PeerMemory::retire_root(View* view) {
+void PeerMemory::retire_and_commit(View* view) {
   commit_all(*view);
   unused_.push_back(view);
 }
@@ -123,9 +127,13 @@ void PeerMemory::erase(View& view, size_t index) {
   }
 }
 
+void PeerMemory::drop_held(View& view) {
+  while (!view.held.empty()) erase(view, view.held.size() - 1);
+}
+
 void PeerMemory::move_held(View& from, View& to) {
   for (const HeldStore& store : from.held) hold(to, store);
-  while (!from.held.empty()) erase(from, from.held.size() - 1);
+  drop_held(from);
 }
 
 void PeerMemory::move_seen(View& from, View& to) {
@@ -135,11 +143,13 @@ void PeerMemory::move_seen(View& from, View& to) {
 
 // The first in program order of those that must be committed before the store at `index`, or `index` itself.
 size_t PeerMemory::earliest_before(const View& view, size_t index) const {
-  for (size_t i = 0; i < index; ++i) {
+  for (size_t i = 0; i < index;) {
     const HeldStore& store = view.held[index];
     if (overlaps(view.held[i], store.granule, store.offset, store.length)) {
       index = i;
-      i = static_cast<size_t>(-1);
+      i = 0;
+    } else {
+      ++i;
     }
   }
   return index;
@@ -167,15 +177,11 @@ void PeerMemory::commit_overlapping(View* view, uintptr_t granule, int offset, i
 }
 
 void PeerMemory::commit_all(View& view) {
-  while (!view.held.empty()) {
-    // Front first keeps same-address order; erased from a copy because erasing at the front is quadratic.
-    std::vector<HeldStore> stores = view.held;
-    while (!view.held.empty()) erase(view, view.held.size() - 1);
-    for (const HeldStore& store : stores) {
-      commit_overlapping(view.parent, store.granule, store.offset, store.length);
-      commit(view, store);
-    }
+  for (const HeldStore& store : view.held) {  // in program order, which keeps same-address order
+    commit_overlapping(view.parent, store.granule, store.offset, store.length);
+    commit(view, store);
   }
+  drop_held(view);
 }
 
 uintptr_t PeerMemory::commit_one() {
@@ -209,16 +215,6 @@ void PeerMemory::commit(View& view, const HeldStore& store) {
 }
 
 // ------------------------------------------------------------------------------------------------------------- access
-
-bool PeerMemory::chain_holds(const View* view, uintptr_t granule, int offset, int length) const {
-  for (; view != nullptr; view = view->parent) {
-    if (view->held_by_hash[hash(granule)] == 0) continue;
-    for (const HeldStore& store : view->held) {
-      if (overlaps(store, granule, offset, length)) return true;
-    }
-  }
-  return false;
-}
 
 void PeerMemory::store(View& view, uintptr_t destination, const void* source, size_t bytes, bool may_hold) {
   split(destination, bytes, [&](uintptr_t granule, int offset, int length, size_t position) {

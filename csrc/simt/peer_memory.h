@@ -51,9 +51,10 @@ class PeerMemory {
   void end();  // forgets history; held stores must have been committed, or the launch failed
 
   View* create_view(View* parent, int rank, size_t most_held);
-  void retire(View* view);        // its held stores go to its parent
-  void retire_root(View* view);   // its held stores are committed: the end of a kernel
-  void merge_up(View& view);      // a barrier: everything it holds and knows goes to its parent
+  void merge_up(View& view);  // a barrier: everything it holds and knows goes to its parent
+  // Its thread, warp or block is gone. What it holds is nobody's to publish any more and goes to a view of orphans.
+  void retire(View* view, View& orphans);
+  void retire_and_commit(View* view);  // the end of a kernel
 
   void load(View& view, void* destination, uintptr_t source, size_t bytes, bool fresh);
   void store(View& view, uintptr_t destination, const void* source, size_t bytes, bool may_hold);
@@ -86,6 +87,7 @@ class PeerMemory {
   void hold(View& view, const HeldStore& store);
   void append(View& view, const HeldStore& store);
   void erase(View& view, size_t index);
+  void drop_held(View& view);
   void move_held(View& from, View& to);
   void move_seen(View& from, View& to);
   void raise_to(View& root, View& view);
@@ -94,7 +96,6 @@ class PeerMemory {
   void commit_at(View& view, size_t index);
   void commit_overlapping(View* view, uintptr_t granule, int offset, int length);
   void commit_all(View& view);
-  bool chain_holds(const View* view, uintptr_t granule, int offset, int length) const;
   void note_seen(View& view, uintptr_t granule, uint64_t commit);
 
   std::vector<Range> ranges_;

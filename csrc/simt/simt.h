@@ -80,6 +80,7 @@ SIMT_API bool run(const Launch& launch, std::function<void()> body, char* report
 SIMT_API void begin_group();
 SIMT_API void set_rank(int rank);
 SIMT_API bool run_group(char* report, size_t report_bytes);
+SIMT_API void discard_group();  // forgets what was queued
 
 SIMT_API void register_peer_memory(const void* begin, size_t bytes);
 SIMT_API void unregister_peer_memory(const void* begin);

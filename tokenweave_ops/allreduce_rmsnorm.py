@@ -10,6 +10,7 @@ Numeric contract, met by every backend:
   bits in every run, whatever the other rows, the batch size or the number of threads.
 - A NaN anywhere in a row makes the whole row of ``y`` NaN; an infinity makes ``rstd`` 0, hence ``inf * 0 = NaN`` at its
   own place and 0 elsewhere. Other rows are not affected. NaN payloads are not kept.
+- Squares are summed in fp32: a row with elements beyond about 1e19 overflows the sum, ``rstd`` is 0 and so is the row.
 - eps = 0 and an all-zero row give ``0 * inf = NaN``, as the formula says; any eps > 0 gives exactly 0.
 
 Sources: Zhang and Sennrich, "Root Mean Square Layer Normalization", 2019 (the norm); TokenWeave, arXiv 2505.11329

@@ -134,18 +134,23 @@ template <class T, int kLength>
 struct Array {
   T values[kLength];
 
-  TW_MEMBER T& operator[](int index) { return values[checked(index)]; }
-  TW_MEMBER const T& operator[](int index) const { return values[checked(index)]; }
-
- private:
-  static TW_MEMBER int checked(int index) {
-#if !defined(__CUDACC__)
-    if (index < 0 || index >= kLength) {
-      ::simt::fault({__FILE__, __LINE__}, "index %d is outside a shared array of %d elements", index, kLength);
+#if defined(__CUDACC__)
+  TW_MEMBER T& operator[](int index) { return values[index]; }
+  TW_MEMBER const T& operator[](int index) const { return values[index]; }
+#else
+  // A conversion, because operator[] can have no defaulted argument: it catches the line that indexes.
+  struct Index {
+    TW_MEMBER Index(int64_t index, TW_SITE) : value(index) {
+      if (index < 0 || index >= kLength) {
+        ::simt::fault(TW_HERE, "index %lld is outside a shared array of %d elements", static_cast<long long>(index),
+                      kLength);
+      }
     }
+    int64_t value;
+  };
+  TW_MEMBER T& operator[](Index index) { return values[index.value]; }
+  TW_MEMBER const T& operator[](Index index) const { return values[index.value]; }
 #endif
-    return index;
-  }
 };
 
 // The block's one shared struct. Its size is the launch's shared_bytes; contents are undefined at kernel start.

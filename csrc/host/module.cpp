@@ -1,0 +1,85 @@
+// The Python module `_host` (test and tool builds): the emulator's controls, launch plans, and the emulator's own tests.
+#include "host/bindings.h"
+#include "simt/simt.h"
+
+namespace tokenweave::inline TOKENWEAVE_BACKEND::host {
+
+Registrar* Registrar::first = nullptr;
+
+namespace {
+
+void set_options(uint64_t seed, uint32_t resident_blocks, uint32_t hold_back_percent,
+                 uint64_t switches_without_progress) {
+  if (resident_blocks == 0) throw std::invalid_argument("resident_blocks must be at least 1");
+  if (hold_back_percent > 100) throw std::invalid_argument("hold_back_percent must be at most 100");
+  simt::set_options({seed, resident_blocks, hold_back_percent, switches_without_progress});
+}
+
+py::dict options() {
+  const simt::Options options = simt::options();
+  py::dict result;
+  result["seed"] = options.seed;
+  result["resident_blocks"] = options.resident_blocks;
+  result["hold_back_percent"] = options.hold_back_percent;
+  result["switches_without_progress"] = options.switches_without_progress;
+  return result;
+}
+
+py::dict counters() {
+  const simt::Counters counters = simt::counters();
+  py::dict result;
+  result["launches"] = counters.launches;
+  result["blocks"] = counters.blocks;
+  result["switches"] = counters.switches;
+  result["held_stores"] = counters.held_stores;
+  result["stale_loads"] = counters.stale_loads;
+  return result;
+}
+
+void run_group() {
+  char report[900];
+  bool ok;
+  {
+    py::gil_scoped_release release;
+    ok = simt::run_group(report, sizeof(report));
+  }
+  if (!ok) throw Fault(report);
+}
+
+void add_emulator(py::module_ m) {
+  const simt::Options defaults;
+  py::register_exception<Fault>(m, "Fault", PyExc_RuntimeError);
+  m.def("set_options", &set_options, py::kw_only(), py::arg("seed") = defaults.seed,
+        py::arg("resident_blocks") = defaults.resident_blocks,
+        py::arg("hold_back_percent") = defaults.hold_back_percent,
+        py::arg("switches_without_progress") = defaults.switches_without_progress,
+        "Sets every option and starts the sequence of schedules anew: the same seed gives the same schedules.",
+        py::call_guard<py::gil_scoped_release>());
+  m.def("options", &options);
+  m.def("counters", &counters);
+  m.def(
+      "register_peer_memory",
+      [](uintptr_t address, size_t bytes) { simt::register_peer_memory(reinterpret_cast<void*>(address), bytes); },
+      py::arg("address"), py::arg("bytes"), "Memory that several ranks write: stores may be late, loads stale.",
+      py::call_guard<py::gil_scoped_release>());
+  m.def(
+      "unregister_peer_memory",
+      [](uintptr_t address) { simt::unregister_peer_memory(reinterpret_cast<void*>(address)); }, py::arg("address"),
+      py::call_guard<py::gil_scoped_release>());
+  m.def("begin_group", &simt::begin_group, "Launches from here on are queued, until run_group runs them together.");
+  m.def("set_rank", &simt::set_rank, py::arg("rank"), "The rank that the next queued launches belong to.");
+  m.def("run_group", &run_group, "Runs what was queued; raises Fault with the report if a launch failed.");
+  m.def("discard_group", &simt::discard_group, "Forgets what was queued.");
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_host, m) {
+  m.doc() = "Tools for tests: the SIMT emulator, launch plans, test kernels.";
+  add_emulator(m.def_submodule("simt"));
+  for (const Registrar* registrar = Registrar::first; registrar != nullptr; registrar = registrar->next) {
+    registrar->add(m);
+  }
+}
+
+}  // namespace tokenweave::inline TOKENWEAVE_BACKEND::host

@@ -49,23 +49,41 @@ class Backend:
         return (torch.randn(*shape, generator=generator) * scale).to(dtype).to(self.device)
 
 
-@pytest.fixture(params=BACKENDS)
-def backend(request) -> Backend:
-    name = request.param
-    chosen = request.config.getoption("--backend")
+def _skip_unless_available(config, name: str) -> None:
+    chosen = config.getoption("--backend")
     if chosen and name not in chosen:
         pytest.skip("not among the backends asked for with --backend")
     reason = testing.cuda_unavailable_reason() if name == "cuda" else _library.load_library(name)
-    if reason not in (None, "loaded"):
-        if chosen:
-            pytest.fail(f"backend {name} was asked for: {reason}")
-        pytest.skip(reason)
-    if name != "simt":
-        yield Backend(name)
+    if reason in (None, "loaded"):
+        return
+    if chosen:
+        pytest.fail(f"backend {name} was asked for: {reason}")
+    pytest.skip(reason)
+
+
+@pytest.fixture(params=BACKENDS)
+def backend(request) -> Backend:
+    _skip_unless_available(request.config, request.param)
+    if request.param != "simt":
+        yield Backend(request.param)
         return
     # The proof that an emulated test ran emulated: threads were switched.
     simt = testing.host().simt
     before = simt.counters()["switches"]
-    yield Backend(name)
+    yield Backend("simt")
     if request.node.get_closest_marker("no_launch") is None:
         assert simt.counters()["switches"] > before, "this simt test never entered the emulator"
+
+
+@pytest.fixture
+def cuda(request) -> Backend:
+    """For what only a GPU has: streams, devices, graphs."""
+    _skip_unless_available(request.config, "cuda")
+    return Backend("cuda")
+
+
+@pytest.fixture
+def simt(request) -> Backend:
+    """For what only the emulator has: schedules."""
+    _skip_unless_available(request.config, "simt")
+    return Backend("simt")

@@ -39,6 +39,9 @@ def _check_torch_version(version: str) -> None:
         raise ImportError(f"tokenweave_ops needs torch >= {'.'.join(map(str, MINIMUM_TORCH))}, but torch is {version}.")
 
 
+_check_torch_version(torch.__version__)
+
+
 def define_op(schema: str, fake: Callable, setup_context: Callable | None = None, backward: Callable | None = None):
     """Defines an op in both namespaces: its schema, its fake (shape-only) kernel and, for training ops, its gradient.
 
@@ -138,4 +141,8 @@ def status() -> dict[str, str]:
     return dict(_status)
 
 
-_check_torch_version(torch.__version__)
+# Not an op for users: the floor that the cost of a call is measured against (bench, case "overhead").
+define_op(
+    "noop(Tensor(a!) x, Tensor(b!) residual, Tensor weight, float eps, float weight_bias) -> ()",
+    fake=lambda x, residual, weight, eps, weight_bias: None,
+)

@@ -280,6 +280,13 @@ void Machine::run_turn(Warp& warp, uint32_t lanes, uint32_t sweeps) {
   current = nullptr;
 }
 
+// Most of the time a switch takes is waiting for the next stack to come into the cache.
+static inline void prefetch(const Fiber& next, const Fiber& after_next) {
+  const char* stack = static_cast<const char*>(next.context.stack_pointer);
+  for (int line = 0; line < 4; ++line) __builtin_prefetch(stack + 64 * line);
+  __builtin_prefetch(&after_next.context);
+}
+
 Fiber* Machine::next_in_turn() {
   if (turn_.warp == nullptr || failed()) return nullptr;
   Warp& warp = *turn_.warp;
@@ -289,6 +296,7 @@ Fiber* Machine::next_in_turn() {
       const uint32_t lane = turn_.position % 32, bit = 1u << lane;
       if ((turn_.lanes & warp.runnable & bit) == 0) continue;
       turn_.lanes &= ~bit;
+      prefetch(warp.fibers[(lane + turn_.multiplier) % 32], warp.fibers[(lane + 2 * turn_.multiplier) % 32]);
       return &warp.fibers[lane];
     }
     if (turn_.sweeps == 0 || warp.runnable == 0) return nullptr;

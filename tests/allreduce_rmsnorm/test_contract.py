@@ -49,18 +49,16 @@ def test_a_row_does_not_depend_on_its_batch(backend, hidden):
     assert torch.equal(y[6:7], alone_y) and torch.equal(h[6:7], alone_h)
 
 
-def test_same_bits_for_every_schedule(backend):
-    if backend.name != "simt":
-        pytest.skip("schedules are the emulator's")
-    simt = testing.host().simt
-    saved = simt.options()
+def test_same_bits_for_every_schedule(simt):
+    emulator = testing.host().simt
+    saved = emulator.options()
     results = []
     try:
         for seed in range(6):
-            simt.set_options(**{**saved, "seed": seed})
-            results.append(run_add(backend, *fresh(backend, 3, 1096)))
+            emulator.set_options(**{**saved, "seed": seed})
+            results.append(run_add(simt, *fresh(simt, 3, 1096)))
     finally:
-        simt.set_options(**saved)
+        emulator.set_options(**saved)
     assert all(torch.equal(y, results[0][0]) and torch.equal(h, results[0][1]) for y, h in results)
 
 
@@ -265,13 +263,6 @@ def test_plan_beyond_32_bits_without_allocating():
 
 
 # ------------------------------------------------------------------------------------------------------------ CUDA only
-
-
-@pytest.fixture
-def cuda(backend):
-    if backend.name != "cuda":
-        pytest.skip("streams, devices and graphs are CUDA's")
-    return backend
 
 
 def test_runs_on_the_current_stream(cuda):

@@ -148,10 +148,8 @@ def test_bad_out(backend):
                 family.rms_norm(x, weight, out=out)
 
 
-def test_other_device(backend):
-    if backend.name != "cuda":
-        pytest.skip("needs two kinds of device")
-    x, residual, weight = inputs(backend)
+def test_other_device(cuda):
+    x, residual, weight = inputs(cuda)
     with pytest.raises(RuntimeError, match="weight must be on the device of x, cuda:0, got cpu"):
         family.add_rms_norm_(x, residual, weight.cpu())
 

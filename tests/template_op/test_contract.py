@@ -37,10 +37,8 @@ def test_plan_beyond_32_bits():
     assert plan(3, 40).block_x == 64 and plan(3, 4096).block_x == 256 and plan(3, 40).grid == 3
 
 
-def test_graph_capture(backend):
-    if backend.name != "cuda":
-        pytest.skip("graphs are CUDA's")
-    x, scale = backend.tensor(9, 77, dtype=torch.bfloat16), backend.tensor(9, dtype=torch.float32, seed=1)
+def test_graph_capture(cuda):
+    x, scale = cuda.tensor(9, 77, dtype=torch.bfloat16), cuda.tensor(9, dtype=torch.float32, seed=1)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         y = family.scale_rows(x, scale)

@@ -20,7 +20,7 @@ Sources: Zhang and Sennrich, "Root Mean Square Layer Normalization", 2019 (the n
 from __future__ import annotations
 
 import torch
-from torch import Tensor
+from torch import Tensor, is_grad_enabled
 
 from tokenweave_ops._library import define_op
 
@@ -141,7 +141,7 @@ def rms_norm(
         RuntimeError: an argument does not fit (nothing has been written then), an input requires grad while grad mode
             is on, or no kernels were built for the device.
     """
-    if torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad):
+    if is_grad_enabled() and (x.requires_grad or weight.requires_grad):
         _refuse_grad("rms_norm", "rms_norm_train")
     if out is None:
         return _rms_norm(x, weight, eps, weight_bias)
@@ -167,7 +167,7 @@ def add_rms_norm_(x: Tensor, residual: Tensor, weight: Tensor, eps: float = 1e-6
         RuntimeError: an argument does not fit (nothing has been written then), an input requires grad while grad mode
             is on, or no kernels were built for the device.
     """
-    if torch.is_grad_enabled() and (x.requires_grad or residual.requires_grad or weight.requires_grad):
+    if is_grad_enabled() and (x.requires_grad or residual.requires_grad or weight.requires_grad):
         _refuse_grad("add_rms_norm_", "add_rms_norm_train")
     _add_rms_norm_(x, residual, weight, eps, weight_bias)
 

@@ -7,7 +7,7 @@ infinities as the product gives them.
 from __future__ import annotations
 
 import torch
-from torch import Tensor
+from torch import Tensor, is_grad_enabled
 
 from tokenweave_ops._library import define_op
 
@@ -33,6 +33,6 @@ def scale_rows(x: Tensor, scale: Tensor) -> Tensor:
         RuntimeError: an argument does not fit, an input requires grad while grad mode is on, or no kernels were built
             for the device.
     """
-    if torch.is_grad_enabled() and (x.requires_grad or scale.requires_grad):
+    if is_grad_enabled() and (x.requires_grad or scale.requires_grad):
         raise RuntimeError("scale_rows: an input requires grad, but this op has no gradient; use torch's x * scale")
     return _scale_rows(x, scale)

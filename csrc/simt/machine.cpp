@@ -14,6 +14,7 @@ namespace {
 constexpr uint64_t kStartTime = 1'000'000'000;
 constexpr size_t kStacksKept = 8192;  // memory of more is given back after a launch
 constexpr size_t kSharedCanaryBytes = 64;
+constexpr const char* kStackOverflow = "stack overflow";
 constexpr size_t kThreadHolds = 64, kSharedHolds = 1024;  // held-back stores of one thread; of a warp, block or rank
 
 bool run_kernel(Fiber& me) {
@@ -91,9 +92,9 @@ bool Machine::run(std::vector<Rank> ranks, bool name_ranks) {
 void Machine::clean_up() {
   current = nullptr;
   if (failed()) {  // the fibers stay where they are and are never resumed
-    for (size_t i = 0; i < fibers_.size(); ++i) {
-      if (fibers_[i].started && stacks_.repair(i)) report_ += "; the stack of a thread had overflowed";
-    }
+    bool overflowed = false;
+    for (size_t i = 0; i < fibers_.size(); ++i) overflowed |= stacks_.repair(i);
+    if (overflowed && report_.find(kStackOverflow) == std::string::npos) report_ += std::string(", after a ") + kStackOverflow;
     runnable_.clear();
     finished_.clear();
     parked_.clear();
@@ -199,9 +200,9 @@ void Machine::finish_block(Block& block) {
     return fail(name_of(block.fibers[0]) + ": its block wrote past its " + std::to_string(shared_bytes) +
                 " bytes of shared memory");
   }
-  for (uint32_t i = 0; i < block.num_threads; ++i) {
+  for (uint32_t i = block.num_threads; i-- > 0;) {  // from the top: an overflow runs down into the stacks below
     if (stacks_.canary_intact(index_of(block.fibers[i]))) continue;
-    return fail(name_of(block.fibers[i]) + ": stack overflow, a thread has " +
+    return fail(name_of(block.fibers[i]) + ": " + kStackOverflow + ", a thread has " +
                 std::to_string(StackSlab::kStackBytes / 1024) + " KB");
   }
   if (block.view != nullptr) {

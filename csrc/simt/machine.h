@@ -22,7 +22,8 @@ struct Block;
 struct Rank;
 struct Warp;
 
-enum class State : uint8_t { runnable, in_barrier, in_exchange, waiting, sleeping, exited };
+// In the order in which a hang lists them: most often the first is why the others wait.
+enum class State : uint8_t { runnable, waiting, sleeping, in_exchange, in_barrier, exited };
 
 struct Fiber : Thread {
   Context context;

@@ -1,5 +1,5 @@
 // The SIMT emulator's interface: what the host twins in core/arch.cuh and core/launch.h call, and the controls tests use.
-// One shared library (libtokenweave_emulator) holds its one state; see docs/architecture.md for what it can and cannot
+// One shared library (libtokenweave_emulator) holds its one state; see docs/emulator.md for what it can and cannot
 // find. It runs one launch (or one group of launches) at a time; a second host thread waits its turn.
 #pragma once
 
@@ -47,7 +47,7 @@ SIMT_API void* shared_memory(size_t bytes, Site site);
 
 // --- memory -----------------------------------------------------------------------------------------------------------
 // Addresses outside every registered peer range are plain memory. Inside one, stores may be held back until a release
-// orders them and weak or relaxed loads may be stale until an acquire (docs/architecture.md, "The emulator's memory").
+// orders them and weak or relaxed loads may be stale until an acquire (docs/emulator.md, "The emulator's memory").
 
 SIMT_API extern bool peer_memory_registered;  // false: load and store take the inline fast path in arch.cuh
 SIMT_API void load(void* destination, const void* source, size_t bytes, Order order, Scope scope, Site site);

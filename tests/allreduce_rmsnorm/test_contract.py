@@ -295,6 +295,28 @@ def test_graph_capture_and_replay(cuda):
         assert torch.equal(normed, family.rms_norm(expected[0], weight))
 
 
+def test_graph_capture_of_a_training_step(cuda):
+    """Forward and backward of both training forms, captured in one graph and replayed on new values."""
+    x, residual, weight = (tensor.requires_grad_() for tensor in fresh(cuda, 70, 520))
+
+    def step():
+        y, h = family.add_rms_norm_train(x, residual, weight)
+        return torch.autograd.grad((family.rms_norm_train(y, weight) * h).sum(), (x, residual, weight))
+
+    warm_up = torch.cuda.Stream()
+    with torch.cuda.stream(warm_up):
+        step()
+    torch.cuda.current_stream().wait_stream(warm_up)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = step()
+    with torch.no_grad():
+        x.mul_(-0.5)
+    graph.replay()
+    for one, other in zip(captured, step(), strict=True):
+        assert torch.equal(one, other)
+
+
 def test_device_guard(cuda):
     if torch.cuda.device_count() < 2:
         pytest.skip("one GPU")

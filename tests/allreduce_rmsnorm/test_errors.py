@@ -148,6 +148,21 @@ def test_bad_out(backend):
                 family.rms_norm(x, weight, out=out)
 
 
+@pytest.mark.parametrize("case", ["scalar", "dtype", "weight shape", "residual shape", "columns", "three strides"])
+def test_training_forms_check_the_same(backend, case):
+    change, message = BAD[case]
+    x, residual, weight = (tensor.requires_grad_(tensor.is_floating_point()) for tensor in change(*inputs(backend)))
+    expected = message.format(device="cuda:0" if backend.name == "cuda" else "cpu")
+    with backend.use(family):
+        with pytest.raises(RuntimeError, match=re.escape("add_rms_norm_train: " + expected)):
+            family.add_rms_norm_train(x, residual, weight)
+        if not case.startswith("residual"):
+            with pytest.raises(RuntimeError, match=re.escape("rms_norm_train: " + expected)):
+                family.rms_norm_train(x, weight)
+        with pytest.raises(RuntimeError, match="rms_norm_train: eps must be finite and at least 0, got -1"):
+            family.rms_norm_train(*(inputs(backend)[i] for i in (0, 2)), eps=-1.0)
+
+
 def test_other_device(cuda):
     x, residual, weight = inputs(cuda)
     with pytest.raises(RuntimeError, match="weight must be on the device of x, cuda:0, got cpu"):

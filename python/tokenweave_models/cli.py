@@ -1,0 +1,33 @@
+"""The `tokenweave` command."""
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+from tokenweave_models.common.errors import UserError
+from tokenweave_models.tokenweave import demo
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="tokenweave", description="Handwritten Hopper kernels and their models.")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="command")
+    info_parser = commands.add_parser("info", help="what was built, for what, and what is visible now")
+    info_parser.add_argument("--json", action="store_true", help="print it as JSON")
+    demo.add_arguments(
+        commands.add_parser("demo", help="a small decoder on real text, eager against fused, then the bench")
+    )
+    arguments = parser.parse_args(argv)
+    if arguments.command == "info":
+        from tokenweave_ops import info
+
+        return info.main(["--json"] if arguments.json else [])
+    try:
+        demo.run(arguments)
+    except UserError as error:
+        print(f"tokenweave: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,1 @@
+"""What the systems share: input text, tokenizing, and output on a terminal."""

@@ -1,0 +1,34 @@
+"""Times pieces of work on the device that runs them."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from time import perf_counter
+
+import torch
+
+
+class Stopwatch:
+    """Sums the time of every `measure()` block: wall clock on a CPU, stream events on a GPU (read after the pass)."""
+
+    def __init__(self, device: torch.device):
+        self._is_cuda = device.type == "cuda"
+        self._seconds = 0.0
+        self._events: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
+
+    @contextmanager
+    def measure(self) -> Iterator[None]:
+        if self._is_cuda:
+            begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            begin.record()
+            yield
+            end.record()
+            self._events.append((begin, end))
+        else:
+            begin_s = perf_counter()
+            yield
+            self._seconds += perf_counter() - begin_s
+
+    def total_ms(self) -> float:
+        if self._is_cuda:
+            torch.cuda.synchronize()
+        return self._seconds * 1e3 + sum(begin.elapsed_time(end) for begin, end in self._events)

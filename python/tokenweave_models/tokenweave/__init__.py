@@ -1,0 +1,1 @@
+"""TokenWeave: a decoder whose residual additions and norms go through the allreduce_rmsnorm ops."""

@@ -1,0 +1,6 @@
+"""Lets the test import rules.py and tree.py, which lie beside it."""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent))

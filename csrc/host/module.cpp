@@ -56,6 +56,11 @@ void add_emulator(py::module_ m) {
         "Sets every option and starts the sequence of schedules anew: the same seed gives the same schedules.",
         py::call_guard<py::gil_scoped_release>());
   m.def("options", &options);
+#if defined(__SANITIZE_ADDRESS__)
+  m.attr("address_sanitizer") = true;
+#else
+  m.attr("address_sanitizer") = false;
+#endif
   m.def("counters", &counters);
   m.def(
       "register_peer_memory",

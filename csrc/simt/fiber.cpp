@@ -146,6 +146,11 @@ size_t StackSlab::capacity() {
 
 void StackSlab::prepare(Context& context, size_t index, void (*entry)()) {
   for (; canaries_ <= index; ++canaries_) write_canary(canaries_);
+#if defined(SIMT_ASAN)
+  // The outermost frames of the fiber that ended here never returned, so AddressSanitizer believes they are in use.
+  constexpr size_t kOutermostBytes = 16 * 1024;
+  __asan_unpoison_memory_region(low_end(index) + kStackBytes - kOutermostBytes, kOutermostBytes);
+#endif
   // The lanes of a warp start at different cache sets: equal offsets in equally sized stacks would evict each other.
   char* top = low_end(index) + kStackBytes - 128 * (index % 32);
 #if defined(__x86_64__)

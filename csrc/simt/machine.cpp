@@ -31,8 +31,7 @@ bool run_kernel(Fiber& me) {
 
 }  // namespace
 
-// Not instrumented: it never returns, so AddressSanitizer would believe for ever that its frame is in use.
-__attribute__((no_sanitize_address)) static void fiber_entry(Context& scheduler) {
+static void fiber_entry(Context& scheduler) {
   finish_first_switch(scheduler);
   run_kernel(Machine::me());
   machine.end_thread();

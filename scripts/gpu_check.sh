@@ -1,0 +1,75 @@
+#!/usr/bin/env bash
+# gpu_check.sh: everything that needs a GPU, without network and without a virtual environment, with the python3 that
+# holds torch and pytest. Goes on after a failure; ends with a table, and non-zero if a step failed.
+# Environment: PYTHON (python3), RESULTS (bench/results), and those of build_support.py.
+set -u
+cd "$(dirname "$0")/.."
+python=${PYTHON:-python3}
+results=${RESULTS:-bench/results}
+export PYTHONPATH=$PWD:$PWD/python${PYTHONPATH:+:$PYTHONPATH}
+
+if ! gpu=$("$python" -c 'import torch; print(torch.cuda.get_device_name())' 2>&1); then
+  echo "error: no GPU that $python's torch can use: ${gpu##*$'\n'}"
+  exit 1
+fi
+device=$(echo "$gpu" | tr '[:upper:] ' '[:lower:]-' | tr -cd 'a-z0-9-')
+echo "GPU: $gpu, results go to $results/$device"
+
+table=
+failed=0
+step() {  # step NAME COMMAND...
+  local name=$1 start=$SECONDS state=ok
+  shift
+  echo
+  echo "==> $name"
+  "$@" || { state="FAILED (exit $?)"; failed=1; }
+  table+=$(printf '%-28s %6s s  %s' "$name" $((SECONDS - start)) "$state")$'\n'
+}
+skip() {
+  echo
+  echo "==> $1: skipped, $2"
+  table+=$(printf '%-28s %6s s  skipped: %s' "$1" 0 "$2")$'\n'
+}
+cuda_loads() { "$python" -c 'import sys; from tokenweave_ops import testing; sys.exit(testing.cuda_unavailable_reason())'; }
+
+# Built here if the tools are here; else libraries that were carried along serve, if they load: the stable ABI lets them
+# run under another torch and Python than they were built with.
+if missing=$("$python" -c 'import os, build_support as b; b.find_tool("cmake"); b.find_tool("ninja"); b.decide_cuda("1", b.find_nvcc(os.environ, []), b.find_torch())' 2>&1); then
+  if "$python" -c 'import sysconfig, pathlib, build_support as b; b.check_test_build(pathlib.Path(sysconfig.get_path("include")))' 2>/dev/null; then
+    export TOKENWEAVE_TEST_BUILD=1  # with line numbers for compute-sanitizer
+  else
+    export TOKENWEAVE_TEST_BUILD=0
+  fi
+  step build env TOKENWEAVE_CUDA=1 "$python" build_support.py
+else
+  skip build "${missing##*$'\n'}"
+fi
+step "CUDA kernels load" cuda_loads
+step info "$python" -m tokenweave_ops.info
+step "tests on cuda" "$python" -m pytest --backend cuda -q tests/*/test_numerics.py tests/*/test_contract.py \
+  tests/*/test_compile.py tests/*/test_errors.py
+
+# Every family's contract tests (its odd sizes, strides and alignments) under each tool. Without torch's caching
+# allocator every tensor has bounds of its own (graph capture needs that allocator). initcheck must see every kernel, as each may be what initialised a word.
+sanitizer=$(command -v compute-sanitizer || echo "${CUDA_HOME:-/usr/local/cuda}/bin/compute-sanitizer")
+for tool in memcheck racecheck synccheck initcheck; do
+  if [ ! -x "$sanitizer" ]; then
+    skip "$tool" "no compute-sanitizer on PATH or in CUDA_HOME"
+    continue
+  fi
+  only_ours=(--kernel-name kernel_substring=backend_cuda)
+  [ "$tool" = initcheck ] && only_ours=()
+  step "$tool" env PYTORCH_NO_CUDA_MEMORY_CACHING=1 timeout 600 "$sanitizer" --tool "$tool" --error-exitcode 7 \
+    "${only_ours[@]}" "$python" -m pytest --backend cuda -q -x -p no:cacheprovider -k "not graph" tests/*/test_contract.py
+done
+
+mkdir -p "$results/$device"
+for family in $(grep -l '^def cases(' bench/*.py); do
+  name=$(basename "$family" .py)
+  step "bench $name" "$python" bench/run.py --device cuda --family "$name" --json "$results/$device/$name.json"
+done
+
+echo
+echo "$gpu"
+printf '%s' "$table"
+exit "$failed"

@@ -92,7 +92,7 @@ TW_KERNEL void __launch_bounds__(256) rms_norm_backward_groups_kernel(RmsNormBac
     for (int k = 0; k < kWidth; ++k) sum[k] = arch::fused_multiply_add(g[k], v[k] * rstd, sum[k]);
   }
 #pragma unroll
-  for (int k = 0; k < kWidth; ++k) p.partials[group * p.hidden + column + k] = sum[k];
+  for (int k = 0; k < kWidth; ++k) p.partials[group * rms_norm_backward_pitch(p.hidden) + column + k] = sum[k];
 }
 
 // registers: <= 32
@@ -101,7 +101,7 @@ TW_KERNEL void __launch_bounds__(256) rms_norm_backward_finish_kernel(RmsNormBac
   const int64_t column = int64_t{blockIdx.x} * blockDim.x + threadIdx.x;
   if (column >= p.hidden) return;
   float sum = 0.0f;
-  for (int64_t group = 0; group < num_groups; ++group) sum += p.partials[group * p.hidden + column];
+  for (int64_t group = 0; group < num_groups; ++group) sum += p.partials[group * rms_norm_backward_pitch(p.hidden) + column];
   static_cast<T*>(p.grad_weight)[column] = from_float<T>(sum);
 }
 

@@ -49,7 +49,8 @@ std::tuple<Tensor, Tensor> rms_norm_backward_op(const Tensor& grad_y, const std:
   Tensor grad_x = torch::stable::empty_like(h);
   Tensor grad_weight = torch::stable::empty_like(weight);
   if (params.num_rows == 0) return {grad_x, torch::stable::zero_(grad_weight)};
-  const int64_t scratch[2] = {rms_norm_backward_groups(params.num_rows), params.hidden};
+  const int64_t scratch[2] = {rms_norm_backward_groups(params.num_rows),
+                              rms_norm_backward_pitch(params.hidden)};
   const Tensor partials = torch::stable::new_empty(h, torch::headeronly::IntHeaderOnlyArrayRef(scratch, 2),
                                                    torch::headeronly::ScalarType::Float);
   params.grad_y = grad_y_info.data;

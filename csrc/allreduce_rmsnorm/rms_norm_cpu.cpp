@@ -1,5 +1,5 @@
 // RMSNorm with an optional residual add on a CPU. A row is read from memory once: the second pass finds h in cache.
-// Rows are shared out over the thread pool; within a row 2 x 16 lanes add up the squares in an order that depends on
+// Rows are shared out over the thread pool; within a row 32 lanes add up the squares in an order that depends on
 // nothing but the column, so the result does not depend on threads, instruction set or the rows around it.
 #include "allreduce_rmsnorm/rms_norm.h"
 #include "core/cpu.h"
@@ -8,68 +8,32 @@ namespace tokenweave::inline TOKENWEAVE_BACKEND::inline TOKENWEAVE_ISA {
 
 namespace {
 
-// The 16 values of h = round(x + residual), stored to h on the way; without a residual h is x and nothing is stored.
-template <class T, bool kHasResidual>
-TW_CPU Float16Lanes load_sum(const T* x, const T* residual, T* h) {
-  Float16Lanes value;
-  load_lanes(value, x);
-  if constexpr (kHasResidual) {
-    Float16Lanes other;
-    load_lanes(other, residual);
-    store_lanes(h, value + other);
-    load_lanes(value, h);  // the norm is of the rounded sum
-  }
-  return value;
-}
-
+// h = round(x + residual) is stored on the way; without a residual h is x and nothing is stored.
 template <class T, bool kHasResidual>
 TW_CPU float sum_of_squares(const T* x, const T* residual, T* h, int64_t hidden) {
-  Float16Lanes even{}, odd{};
-  int64_t i = 0;
-  for (; i + 2 * kLanes <= hidden; i += 2 * kLanes) {
-    const Float16Lanes first = load_sum<T, kHasResidual>(x + i, residual + i, h + i);
-    const Float16Lanes second = load_sum<T, kHasResidual>(x + i + kLanes, residual + i + kLanes, h + i + kLanes);
-    even = even + first * first;
-    odd = odd + second * second;
-  }
-  if (i + kLanes <= hidden) {
-    const Float16Lanes value = load_sum<T, kHasResidual>(x + i, residual + i, h + i);
-    even = even + value * value;
-    i += kLanes;
-  }
-  if (i < hidden) {
-    Float16Lanes value;
-    load_partial(value, x + i, hidden - i);
+  Lanes sum{};
+  for_each_vector(hidden, [&](int64_t, auto load, auto store) {
+    Lanes value = load(x);
     if constexpr (kHasResidual) {
-      Float16Lanes other;
-      load_partial(other, residual + i, hidden - i);
-      store_partial(h + i, value + other, hidden - i);
-      load_partial(value, h + i, hidden - i);
+      store(h, value + load(residual));
+      value = load(static_cast<const T*>(h));  // the norm is of the rounded sum
     }
-    odd = odd + value * value;
-  }
-  return sum_lanes(even + odd);
+    sum = sum + value * value;
+  });
+  return sum_lanes(sum);
 }
 
-// Works on cached data, so it also asks for the next row: memory would otherwise idle in this pass.
+// y = round(h * rstd * (weight + weight_bias)). Works on cached data, so it also asks for the next row: memory would
+// otherwise idle in this pass.
 template <class T>
 TW_CPU void scale(const T* h, const T* weight, T* y, int64_t hidden, float rstd, float weight_bias, const T* next_x,
                   const T* next_residual) {
-  const Float16Lanes factor = broadcast(rstd), bias = broadcast(weight_bias);
-  Float16Lanes value, w;
-  int64_t i = 0;
-  for (; i + kLanes <= hidden; i += kLanes) {
+  const Lanes factor = broadcast(rstd), bias = broadcast(weight_bias);
+  for_each_vector(hidden, [&](int64_t i, auto load, auto store) {
     __builtin_prefetch(next_x + i, 0, 2);
     __builtin_prefetch(next_residual + i, 0, 2);
-    load_lanes(value, h + i);
-    load_lanes(w, weight + i);
-    store_lanes(y + i, value * factor * (w + bias));
-  }
-  if (i < hidden) {
-    load_partial(value, h + i, hidden - i);
-    load_partial(w, weight + i, hidden - i);
-    store_partial(y + i, value * factor * (w + bias), hidden - i);
-  }
+    store(y, load(h) * factor * (load(weight) + bias));
+  });
 }
 
 template <class T, bool kHasResidual>

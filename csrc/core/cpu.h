@@ -1,4 +1,4 @@
-// What CPU kernels (<op>_cpu.cpp) are written with: 16 fp32 lanes on every instruction set, and the run-time choice among
+// What CPU kernels (<op>_cpu.cpp) are written with: 32 fp32 lanes on every instruction set, and the run-time choice among
 // the sets. CMake builds each <op>_cpu.cpp once per set, with TOKENWEAVE_ISA naming the namespace its code lives in; the
 // baseline build also emits the dispatcher. Everything here is static or a lambda's: nothing built for AVX-512 may be
 // merged by the linker into what a baseline machine runs. The lanes and the order of additions are the same on every set
@@ -25,7 +25,6 @@ namespace tokenweave::inline TOKENWEAVE_BACKEND::inline TOKENWEAVE_ISA {
 
 #define TW_CPU static inline __attribute__((always_inline))
 
-constexpr int kLanes = 16;
 #if defined(__AVX512F__)
 constexpr int kRegisterBytes = 64;
 #elif defined(__AVX2__)
@@ -33,36 +32,39 @@ constexpr int kRegisterBytes = 32;
 #else
 constexpr int kRegisterBytes = 16;
 #endif
-constexpr int kParts = kLanes * 4 / kRegisterBytes;
-constexpr int kPartLanes = kLanes / kParts;
+constexpr int kLanes = 32;
+constexpr int kPartLanes = kRegisterBytes / 4;
+constexpr int kParts = kLanes / kPartLanes;
 
-// One register's worth of the 16 lanes; gcc's vector types, so + * & >> and comparisons work lane by lane.
+// One register's worth of lanes; gcc's vector types, so + * & >> and comparisons work lane by lane.
 typedef float Part __attribute__((vector_size(kRegisterBytes)));
 typedef uint32_t PartBits __attribute__((vector_size(kRegisterBytes)));
 
-struct Float16Lanes {
+// 32 consecutive elements as fp32. Which lane holds which element depends on the element type (bf16: see below), so
+// lanes loaded from one type must be stored to that type, and only lanes of one type may meet in an expression.
+struct Lanes {
   Part part[kParts];
 };
 
-#define TW_CPU_OPERATOR(op)                                                                \
-  TW_CPU Float16Lanes operator op(const Float16Lanes& a, const Float16Lanes& b) {          \
-    Float16Lanes result;                                                                   \
-    for (int i = 0; i < kParts; ++i) result.part[i] = a.part[i] op b.part[i];              \
-    return result;                                                                         \
+#define TW_CPU_OPERATOR(op)                                                   \
+  TW_CPU Lanes operator op(const Lanes& a, const Lanes& b) {                  \
+    Lanes result;                                                             \
+    for (int i = 0; i < kParts; ++i) result.part[i] = a.part[i] op b.part[i]; \
+    return result;                                                            \
   }
 TW_CPU_OPERATOR(+)
 TW_CPU_OPERATOR(-)
 TW_CPU_OPERATOR(*)
 #undef TW_CPU_OPERATOR
 
-TW_CPU Float16Lanes broadcast(float value) {
-  Float16Lanes result;
+TW_CPU Lanes broadcast(float value) {
+  Lanes result;
   for (int i = 0; i < kParts; ++i) result.part[i] = Part{} + value;
   return result;
 }
 
-// In a fixed tree: lanes 8 apart, then 4, 2, 1.
-TW_CPU float sum_lanes(const Float16Lanes& lanes) {
+// In a fixed tree: lanes 16 apart, then 8, 4, 2, 1.
+TW_CPU float sum_lanes(const Lanes& lanes) {
   float v[kLanes];
   std::memcpy(v, &lanes, sizeof(v));
   for (int half = kLanes / 2; half > 0; half /= 2) {
@@ -71,71 +73,44 @@ TW_CPU float sum_lanes(const Float16Lanes& lanes) {
   return v[0];
 }
 
-TW_CPU void load_lanes(Float16Lanes& lanes, const float* source) {
+TW_CPU void load_lanes(Lanes& lanes, const float* source) {
   for (int i = 0; i < kParts; ++i) std::memcpy(&lanes.part[i], source + i * kPartLanes, kRegisterBytes);
 }
-TW_CPU void store_lanes(float* destination, const Float16Lanes& lanes) {
+TW_CPU void store_lanes(float* destination, const Lanes& lanes) {
   for (int i = 0; i < kParts; ++i) std::memcpy(destination + i * kPartLanes, &lanes.part[i], kRegisterBytes);
 }
 
-// 16-bit words to and from the high halves of the 32-bit lanes; the low halves come as zero and are dropped.
-struct Bits16Lanes {
+// 16-bit elements come in pairs, one in each half of a 32-bit lane. The first half of the parts takes the even elements
+// (low halves), the second the odd ones (high halves): a shift or a mask each, where keeping memory order would cost
+// shuffles, on whose one port these kernels would then wait. Values here are the words in the lanes' high halves.
+struct HighHalves {
   PartBits part[kParts];
 };
 
-TW_CPU Bits16Lanes load_high_halves(const void* source) {
-  Bits16Lanes result;
-  const uint16_t* words = static_cast<const uint16_t*>(source);
-#if defined(__AVX512F__)
-  const __m256i v = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(words));
-  result.part[0] = (PartBits)_mm512_cvtepu16_epi32(v) << 16;
-#elif defined(__AVX2__)
-  for (int i = 0; i < kParts; ++i) {
-    const __m128i v = _mm_loadu_si128(reinterpret_cast<const __m128i*>(words + i * kPartLanes));
-    result.part[i] = (PartBits)_mm256_cvtepu16_epi32(v) << 16;
+TW_CPU HighHalves load_high_halves(const void* source) {
+  HighHalves result;
+  for (int i = 0; i < kParts / 2; ++i) {
+    PartBits pairs;
+    std::memcpy(&pairs, static_cast<const char*>(source) + i * kRegisterBytes, kRegisterBytes);
+    result.part[i] = pairs << 16;
+    result.part[i + kParts / 2] = pairs & 0xffff0000u;
   }
-#elif defined(__SSE2__)
-  for (int i = 0; i < kParts; ++i) {
-    const __m128i v = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(words + i * kPartLanes));
-    result.part[i] = (PartBits)_mm_unpacklo_epi16(_mm_setzero_si128(), v);
-  }
-#else
-  for (int lane = 0; lane < kLanes; ++lane) {
-    result.part[lane / kPartLanes][lane % kPartLanes] = static_cast<uint32_t>(words[lane]) << 16;
-  }
-#endif
   return result;
 }
-
-TW_CPU void store_high_halves(void* destination, const Bits16Lanes& lanes) {
-  uint16_t* words = static_cast<uint16_t*>(destination);
-#if defined(__AVX512F__)
-  const __m256i v = _mm512_cvtepi32_epi16((__m512i)(lanes.part[0] >> 16));
-  _mm256_storeu_si256(reinterpret_cast<__m256i*>(words), v);
-#elif defined(__AVX2__)
-  // The arithmetic shift makes words that the signed pack keeps whole; it packs per 128 bits, hence the permute.
-  const __m256i low = _mm256_srai_epi32((__m256i)lanes.part[0], 16), high = _mm256_srai_epi32((__m256i)lanes.part[1], 16);
-  const __m256i v = _mm256_permute4x64_epi64(_mm256_packs_epi32(low, high), 0xd8);
-  _mm256_storeu_si256(reinterpret_cast<__m256i*>(words), v);
-#elif defined(__SSE2__)
-  for (int i = 0; i < kParts; i += 2) {
-    const __m128i low = _mm_srai_epi32((__m128i)lanes.part[i], 16), high = _mm_srai_epi32((__m128i)lanes.part[i + 1], 16);
-    _mm_storeu_si128(reinterpret_cast<__m128i*>(words + i * kPartLanes), _mm_packs_epi32(low, high));
+TW_CPU void store_high_halves(void* destination, const HighHalves& lanes) {
+  for (int i = 0; i < kParts / 2; ++i) {
+    const PartBits pairs = (lanes.part[i] >> 16) | (lanes.part[i + kParts / 2] & 0xffff0000u);
+    std::memcpy(static_cast<char*>(destination) + i * kRegisterBytes, &pairs, kRegisterBytes);
   }
-#else
-  for (int lane = 0; lane < kLanes; ++lane) {
-    words[lane] = static_cast<uint16_t>(lanes.part[lane / kPartLanes][lane % kPartLanes] >> 16);
-  }
-#endif
 }
 
 // The conversions below are those of numeric.cuh, lane by lane.
-TW_CPU void load_lanes(Float16Lanes& lanes, const bf16* source) {
-  const Bits16Lanes bits = load_high_halves(source);
+TW_CPU void load_lanes(Lanes& lanes, const bf16* source) {
+  const HighHalves bits = load_high_halves(source);
   for (int i = 0; i < kParts; ++i) lanes.part[i] = (Part)bits.part[i];
 }
-TW_CPU void store_lanes(bf16* destination, const Float16Lanes& lanes) {
-  Bits16Lanes result;
+TW_CPU void store_lanes(bf16* destination, const Lanes& lanes) {
+  HighHalves result;
   for (int i = 0; i < kParts; ++i) {
     const PartBits bits = (PartBits)lanes.part[i];
     const PartBits rounded = bits + 0x7fffu + ((bits >> 16) & 1u);
@@ -144,59 +119,85 @@ TW_CPU void store_lanes(bf16* destination, const Float16Lanes& lanes) {
   store_high_halves(destination, result);
 }
 
-TW_CPU void load_lanes(Float16Lanes& lanes, const fp16* source) {
 #if defined(__AVX512F__)
-  lanes.part[0] = _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(source)));
+TW_CPU void load_lanes(Lanes& lanes, const fp16* source) {
+  for (int i = 0; i < kParts; ++i) {
+    lanes.part[i] = _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(source + i * kPartLanes)));
+  }
+}
+TW_CPU void store_lanes(fp16* destination, const Lanes& lanes) {
+  for (int i = 0; i < kParts; ++i) {
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(destination + i * kPartLanes),
+                        _mm512_cvtps_ph(lanes.part[i], _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+  }
+}
 #elif defined(__F16C__)
+TW_CPU void load_lanes(Lanes& lanes, const fp16* source) {
   for (int i = 0; i < kParts; ++i) {
     lanes.part[i] = _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(source + i * kPartLanes)));
   }
-#else
-  const Bits16Lanes bits = load_high_halves(source);
-  for (int i = 0; i < kParts; ++i) {
-    const PartBits sign = bits.part[i] & 0x80000000u, magnitude = (bits.part[i] & 0x7fffffffu) >> 3;
-    const PartBits exponent = magnitude & 0x0f800000u;
-    const PartBits subnormal = (PartBits)((Part)(magnitude + 0x38800000u) - (Part)(PartBits{} + 0x38800000u));
-    const PartBits finite = exponent == 0 ? subnormal : magnitude + 0x38000000u;
-    lanes.part[i] = (Part)(sign | (exponent == 0x0f800000u ? magnitude + 0x70000000u : finite));
-  }
-#endif
 }
-TW_CPU void store_lanes(fp16* destination, const Float16Lanes& lanes) {
-#if defined(__AVX512F__)
-  _mm256_storeu_si256(reinterpret_cast<__m256i*>(destination),
-                      _mm512_cvtps_ph(lanes.part[0], _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
-#elif defined(__F16C__)
+TW_CPU void store_lanes(fp16* destination, const Lanes& lanes) {
   for (int i = 0; i < kParts; ++i) {
     _mm_storeu_si128(reinterpret_cast<__m128i*>(destination + i * kPartLanes),
                      _mm256_cvtps_ph(lanes.part[i], _MM_FROUND_TO_NEAREST_INT));
   }
+}
 #else
-  Bits16Lanes result;
-  for (int i = 0; i < kParts; ++i) {
-    const PartBits bits = (PartBits)lanes.part[i], sign = (bits >> 16) & 0x8000u, magnitude = bits & 0x7fffffffu;
-    const PartBits subnormal = (PartBits)((Part)magnitude + 0.5f) - 0x3f000000u;
-    const PartBits normal = (magnitude - 0x38000000u + 0xfffu + ((magnitude >> 13) & 1u)) >> 13;
-    const PartBits finite = magnitude < 0x38800000u ? subnormal : normal;
-    const PartBits infinite = magnitude > 0x7f800000u ? PartBits{} + 0x7fffu : PartBits{} + 0x7c00u;
-    result.part[i] = (sign | (magnitude >= 0x477ff000u ? infinite : finite)) << 16;
-  }
-  store_high_halves(destination, result);
+// In memory order like the two above, so that the sums add up in the same order: one element at a time.
+TW_CPU void load_lanes(Lanes& lanes, const fp16* source) {
+  float v[kLanes];
+  for (int i = 0; i < kLanes; ++i) v[i] = to_float(source[i]);
+  load_lanes(lanes, v);
+}
+TW_CPU void store_lanes(fp16* destination, const Lanes& lanes) {
+  float v[kLanes];
+  store_lanes(v, lanes);
+  for (int i = 0; i < kLanes; ++i) destination[i] = to_fp16(v[i]);
+}
 #endif
+
+// 32 whole elements; and the last `count` < 32 of a row: lanes past its end are zero when loaded and dropped when stored.
+template <class T>
+TW_CPU Lanes load(const T* source) {
+  Lanes lanes;
+  load_lanes(lanes, source);
+  return lanes;
+}
+template <class T>
+TW_CPU void store(T* destination, const Lanes& lanes) {
+  store_lanes(destination, lanes);
+}
+template <class T>
+TW_CPU Lanes load_tail(const T* source, int64_t count) {
+  T padded[kLanes] = {};
+  for (int64_t i = 0; i < count; ++i) padded[i] = source[i];
+  return load(padded);
+}
+template <class T>
+TW_CPU void store_tail(T* destination, int64_t count, const Lanes& lanes) {
+  T padded[kLanes];
+  store_lanes(padded, lanes);
+  for (int64_t i = 0; i < count; ++i) destination[i] = padded[i];
 }
 
-// The first `count` < kLanes elements, the other lanes zero; and back.
-template <class T>
-TW_CPU void load_partial(Float16Lanes& lanes, const T* source, int64_t count) {
-  float v[kLanes] = {};
-  for (int64_t i = 0; i < count; ++i) v[i] = to_float(source[i]);
-  std::memcpy(&lanes, v, sizeof(lanes));
-}
-template <class T>
-TW_CPU void store_partial(T* destination, const Float16Lanes& lanes, int64_t count) {
-  float v[kLanes];
-  std::memcpy(v, &lanes, sizeof(v));
-  for (int64_t i = 0; i < count; ++i) destination[i] = from_float<T>(v[i]);
+// body(i, load, store) for i = 0, 32, ... of a row: whole vectors first, then the tail if there is one. `load` and `store`
+// take a row's start and act on its elements from i on.
+template <class Body>
+TW_CPU void for_each_vector(int64_t count, const Body& body) {
+  const int64_t whole = count / kLanes * kLanes;
+  for (int64_t i = 0; i < whole; i += kLanes) {
+    body(
+        i, [i](const auto* row) __attribute__((always_inline)) { return load(row + i); },
+        [i](auto* row, const Lanes& lanes) __attribute__((always_inline)) { store(row + i, lanes); });
+  }
+  const int64_t rest = count - whole;
+  if (rest > 0) {
+    body(
+        whole, [whole, rest](const auto* row) __attribute__((always_inline)) { return load_tail(row + whole, rest); },
+        [whole, rest](auto* row, const Lanes& lanes)
+            __attribute__((always_inline)) { store_tail(row + whole, rest, lanes); });
+  }
 }
 
 // body(begin, end) over pieces of [begin, end) on the context's pool; small work stays on the calling thread.

@@ -78,8 +78,10 @@ bool Machine::run(std::vector<Rank> ranks, bool name_ranks) {
     return false;
   }
   if (fibers_.size() < num_fibers) fibers_.resize(num_fibers);
+  fibers_used_ = num_fibers;
 
   ranks_running_ = ranks_.size();
+  ranks_draining_ = 0;
   for (Rank& rank : ranks_) {
     if (!start_launch(rank)) --ranks_running_;
   }
@@ -92,7 +94,7 @@ void Machine::clean_up() {
   current = nullptr;
   if (failed()) {  // the fibers stay where they are and are never resumed
     bool overflowed = false;
-    for (size_t i = 0; i < fibers_.size(); ++i) overflowed |= stacks_.repair(i);
+    for (size_t i = 0; i < fibers_used_; ++i) overflowed |= stacks_.repair(i);
     if (overflowed && report_.find(kStackOverflow) == std::string::npos) report_ += std::string(", after a ") + kStackOverflow;
     runnable_.clear();
     finished_.clear();
@@ -117,6 +119,10 @@ bool Machine::start_launch(Rank& rank) {
     if (rank.num_blocks > 0) {
       const uint64_t resident =
           launch.cooperative ? rank.num_blocks : std::min<uint64_t>(rank.num_blocks, options_.resident_blocks);
+      if (peer_memory_registered) {
+        rank.view = peers_.create_view(nullptr, rank.number, kSharedHolds);
+        rank.orphans = peers_.create_view(rank.view, rank.number, kSharedHolds);
+      }
       while (rank.blocks.size() < resident) rank.blocks.push_back(std::make_unique<Block>());
       for (uint32_t slot = 0; slot < resident; ++slot) start_block(rank, slot);
       return true;
@@ -213,6 +219,13 @@ void Machine::finish_block(Block& block) {
   progress();
   if (rank.next_block < rank.num_blocks) start_block(rank, block.slot);
   if (++rank.num_finished < rank.num_blocks) return;
+  if (rank.view == nullptr) return finish_launch(rank);
+  rank.draining = true;
+  ++ranks_draining_;
+}
+
+// The kernel's stores have arrived; the rank's next launch begins after them.
+void Machine::finish_launch(Rank& rank) {
   if (rank.view != nullptr) {
     peers_.retire_and_commit(rank.orphans);
     peers_.retire_and_commit(rank.view);
@@ -223,14 +236,21 @@ void Machine::finish_block(Block& block) {
   if (!start_launch(rank)) --ranks_running_;
 }
 
+void Machine::finish_drained_launches(bool all) {
+  for (Rank& rank : ranks_) {
+    if (!rank.draining) continue;
+    const bool drained = rank.view->held.empty() && rank.orphans->held.empty();
+    if (!drained && !all && !random_.one_in(64)) continue;
+    rank.draining = false;
+    --ranks_draining_;
+    finish_launch(rank);
+  }
+}
+
 View& Machine::view_of(Fiber& fiber) {
   if (fiber.view == nullptr) {
     Block& block = *fiber.block;
     Rank& rank = *block.rank;
-    if (rank.view == nullptr) {
-      rank.view = peers_.create_view(nullptr, rank.number, kSharedHolds);
-      rank.orphans = peers_.create_view(rank.view, rank.number, kSharedHolds);
-    }
     if (block.view == nullptr) block.view = peers_.create_view(rank.view, rank.number, kSharedHolds);
     if (fiber.warp->view == nullptr) fiber.warp->view = peers_.create_view(block.view, rank.number, kSharedHolds);
     fiber.view = peers_.create_view(fiber.warp->view, rank.number, kThreadHolds);
@@ -441,6 +461,7 @@ void Machine::wake_expired() {
 
 // After each turn: the world goes on a little beside the threads.
 void Machine::now_and_then() {
+  if (ranks_draining_ > 0) finish_drained_launches(false);
   if (time_ns_ > next_wake_ns_) wake_expired();
   if (commit_one_in_ != 0 && peers_.num_held() > 0 && random_.one_in(commit_one_in_)) commit_one_store();
   if (!parked_.empty() && random_.one_in(4) && !failed()) {
@@ -472,6 +493,10 @@ bool Machine::resolve_stall() {
   }
   if (peers_.num_held() > 0 && !(sleeper && random_.one_in(2))) {
     commit_one_store();
+    return true;
+  }
+  if (ranks_draining_ > 0) {
+    finish_drained_launches(true);
     return true;
   }
   next_wake_ns_ = kNever;

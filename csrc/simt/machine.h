@@ -83,8 +83,9 @@ struct Rank {
   size_t first_fiber = 0;
   std::vector<std::unique_ptr<Block>> blocks;  // resident ones; reused by the next launch
   uint64_t next_block = 0, num_blocks = 0, num_finished = 0;
-  View* view = nullptr;
-  View* orphans = nullptr;
+  View* view = nullptr;     // while a launch runs and peer memory is registered
+  View* orphans = nullptr;  // what threads held that have ended
+  bool draining = false;    // all blocks have ended, their stores need not have arrived
 
   bool done() const { return num_done == launches.size(); }
   const QueuedLaunch& running() const { return launches[num_done]; }
@@ -127,6 +128,8 @@ class Machine {
   bool start_launch(Rank& rank);
   void start_block(Rank& rank, uint32_t slot);
   void finish_block(Block& block);
+  void finish_launch(Rank& rank);
+  void finish_drained_launches(bool all);
   void schedule();
   Warp& pick_warp();
   void run_turn(Warp& warp, uint32_t lanes, uint32_t sweeps);
@@ -157,8 +160,9 @@ class Machine {
   Context scheduler_;
   PeerMemory peers_;
   std::vector<Fiber> fibers_;  // fiber i runs on stack i
+  size_t fibers_used_ = 0;     // by this launch or group
   std::vector<Rank> ranks_;
-  size_t ranks_running_ = 0;
+  size_t ranks_running_ = 0, ranks_draining_ = 0;
   bool name_ranks_ = false;
 
   std::vector<Block*> runnable_;  // blocks with a runnable warp

@@ -1,4 +1,4 @@
-// scale_rows on a CPU: rows shared out over the thread pool, 16 lanes at a time.
+// scale_rows on a CPU: rows shared out over the thread pool, 32 lanes at a time.
 #include "core/cpu.h"
 #include "template_op/scale_rows.h"
 
@@ -10,17 +10,8 @@ Status scale_rows_kernel(const ScaleRowsParams& p, const ExecutionContext& conte
       for (int64_t row = begin; row < end; ++row) {
         const T* x = static_cast<const T*>(p.x) + p.x_rows.offset(row);
         T* y = static_cast<T*>(p.y) + row * p.hidden;
-        const Float16Lanes scale = broadcast(p.scale[row]);
-        Float16Lanes value;
-        int64_t i = 0;
-        for (; i + kLanes <= p.hidden; i += kLanes) {
-          load_lanes(value, x + i);
-          store_lanes(y + i, value * scale);
-        }
-        if (i < p.hidden) {
-          load_partial(value, x + i, p.hidden - i);
-          store_partial(y + i, value * scale, p.hidden - i);
-        }
+        const Lanes scale = broadcast(p.scale[row]);
+        for_each_vector(p.hidden, [&](int64_t, auto load, auto store) { store(y, load(x) * scale); });
       }
     };
     parallel_for(context, 0, p.num_rows, 32 * 1024 / p.hidden + 1, rows);

@@ -30,7 +30,7 @@ inline constexpr const char* kDispatchKey = "CUDA";
 class ExecutionScope {
  public:
   explicit ExecutionScope(const Tensor& tensor) : guard_(tensor.get_device_index()) {
-    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(tensor.get_device_index(), &context_.stream));
+    TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(tensor.get_device_index(), &context_.stream));
   }
   const ExecutionContext& context() const { return context_; }
 
@@ -46,7 +46,7 @@ class ExecutionScope {
   explicit ExecutionScope(const Tensor&) {
     context_.parallel_for = [](int64_t begin, int64_t end, int64_t grain, void (*body)(int64_t, int64_t, void*),
                                void* argument) {
-      STABLE_TORCH_ERROR_CODE_CHECK(torch_parallel_for(begin, end, grain, body, argument));
+      TORCH_ERROR_CODE_CHECK(torch_parallel_for(begin, end, grain, body, argument));
     };
   }
   const ExecutionContext& context() const { return context_; }

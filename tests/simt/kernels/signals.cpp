@@ -33,11 +33,11 @@ HOST_BINDINGS(module) {
                data_of<uint32_t>(ok), rank, static_cast<int32_t>(buffers.size()), late_ns, release, acquire);
   });
   m.def("grid_barrier", [](py::object cells, py::object counter, py::object out, int grid, int block, int rounds,
-                           bool with_barrier, bool cooperative) {
+                           int barrier, bool cooperative) {
     LaunchConfig config{"grid_barrier", grid, block};
     config.cooperative = cooperative;
     run_kernel(config, &grid_barrier, data_of<uint32_t>(cells), data_of<uint32_t>(counter), data_of<uint32_t>(out),
-               rounds, with_barrier);
+               rounds, static_cast<GridBarrier>(barrier));
   });
   m.def("wait_in_vain", [](py::object flag, py::object elapsed_ns, py::object result, int how) {
     run_kernel({"wait_in_vain", 2, 64}, &wait_in_vain, data_of<uint32_t>(flag), data_of<uint64_t>(elapsed_ns),

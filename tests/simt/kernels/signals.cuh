@@ -120,8 +120,10 @@ TW_KERNEL void all_to_all(Peers peers, uint32_t* out, uint32_t* ok, int32_t rank
   out[element] = sum;
 }
 
+enum class GridBarrier : int32_t { none, relaxed, ordered };
+
 // Rounds of: write a cell, grid barrier, read the next block's cell, grid barrier.
-TW_KERNEL void grid_barrier(uint32_t* cells, uint32_t* counter, uint32_t* out, int32_t rounds, bool with_barrier) {
+TW_KERNEL void grid_barrier(uint32_t* cells, uint32_t* counter, uint32_t* out, int32_t rounds, GridBarrier barrier) {
   const uint32_t block = blockIdx.x, blocks = gridDim.x;
   uint32_t arrivals = 0, sum = 0;
   for (int round = 1; round <= rounds; ++round) {
@@ -129,9 +131,13 @@ TW_KERNEL void grid_barrier(uint32_t* cells, uint32_t* counter, uint32_t* out, i
     for (int phase = 0; phase < 2; ++phase) {
       arch::sync_block();
       arrivals += blocks;
-      if (arch::thread_index() == 0 && with_barrier) {
+      if (arch::thread_index() == 0 && barrier == GridBarrier::ordered) {
         arch::add_release<Scope::gpu>(counter, 1u);
         arch::wait_until([&] { return arch::load_acquire<Scope::gpu>(counter) >= arrivals; }, UINT64_MAX);
+      }
+      if (arch::thread_index() == 0 && barrier == GridBarrier::relaxed) {
+        arch::add_relaxed<Scope::gpu>(counter, 1u);
+        arch::wait_until([&] { return arch::load_relaxed<Scope::gpu>(counter) >= arrivals; }, UINT64_MAX);
       }
       arch::sync_block();
       if (phase == 0) sum += arch::load_relaxed<Scope::gpu>(cells + (block + 1) % blocks);
@@ -199,8 +205,8 @@ TW_KERNEL void read_own_writes(Vec16* memory, uint32_t* errors, int32_t rounds) 
   if (wrong != 0) arch::add_relaxed<Scope::gpu>(errors, wrong);
 }
 
-// Block 0 counts a word up; the other threads read it again and again. It may be late, but must never go back, in one
-// thread or from one thread to the next over a barrier.
+// Block 0 counts a word up; the others read it again and again. It may be late, but must never go back: in one thread
+// (block 1), or from one thread to the next over a barrier (block 2).
 struct CoherenceShared {
   arch::Array<uint32_t, 64> newest;
 };
@@ -209,17 +215,22 @@ TW_KERNEL void coherence(uint32_t* word, uint32_t* errors, int32_t rounds) {
   const int i = arch::thread_index();
   uint32_t newest = 0, wrong = 0;
   for (uint32_t round = 1; round <= static_cast<uint32_t>(rounds); ++round) {
-    if (blockIdx.x == 0) {
-      if (i == 0) arch::store_relaxed<Scope::sys>(word, round);
-    } else {
-      const uint32_t value = arch::load_relaxed<Scope::sys>(word);
-      wrong += value < newest;
-      newest = value;
-      shared.newest[i] = newest;
-      arch::sync_block();
-      for (int other = 0; other < 64; ++other) newest = shared.newest[other] > newest ? shared.newest[other] : newest;
-      arch::sync_block();
+    if (blockIdx.x == 0 && i == 0) {
+      arch::store_relaxed<Scope::sys>(word, round);
+      arch::nanosleep(200);
     }
+    if (blockIdx.x == 0) continue;
+    const uint32_t value = arch::load_relaxed<Scope::sys>(word);
+    wrong += value < newest;
+    newest = value > newest ? value : newest;
+    if (blockIdx.x == 1) {
+      arch::nanosleep(50);
+      continue;
+    }
+    shared.newest[i] = newest;
+    arch::sync_block();
+    for (int other = 0; other < 64; ++other) newest = shared.newest[other] > newest ? shared.newest[other] : newest;
+    arch::sync_block();
   }
   if (wrong != 0) arch::add_relaxed<Scope::gpu>(errors, wrong);
 }

@@ -53,7 +53,7 @@ def lines_of(rows: list[dict]) -> dict[tuple[str, str, str], list[tuple[int, flo
 def draw_bandwidth(axes, op: str, rows: list[dict]) -> None:
     lines = lines_of(rows)
     inner_sizes = list(dict.fromkeys(inner for inner, _, _ in lines))
-    markers = {dtype: marker for dtype, marker in zip(dict.fromkeys(d for _, d, _ in lines), "osD^v", strict=False)}
+    markers = dict(zip(dict.fromkeys(d for _, d, _ in lines), "osD^v", strict=False))
     for (inner, dtype, cache), points in lines.items():
         colour = COLOURS[inner_sizes.index(inner) % len(COLOURS)]
         axes.plot(

@@ -6,7 +6,7 @@ from functools import partial
 
 import torch
 
-from bench.harness import Case, Contestant, fill_values
+from bench.harness import RETURNED, Case, Contestant, fill_values
 from bench.machines import Buffer, Limit
 from tokenweave_ops import template_op
 from tokenweave_ops.reference import template_op as reference
@@ -29,7 +29,7 @@ def _scale_rows_case(tokens: int, hidden: int, dtype: torch.dtype) -> Case:
             "y": Buffer((tokens, hidden), dtype),
         },
         contestants=[
-            Contestant("tokenweave", "tokenweave_ops.template_op.scale_rows(x, scale), new output", _ours, {"y": "<returned>"}),
+            Contestant("tokenweave", "template_op.scale_rows(x, scale), new output", _ours, {"y": RETURNED}),
             Contestant("eager", "torch.mul(x, scale column in x's dtype, out=y)", _eager, {"y": "y"}),
         ],
         reference=lambda t: {"y": reference.scale_rows(t["x"], t["scale"])},

@@ -76,6 +76,14 @@ def backend(request) -> Backend:
 
 
 @pytest.fixture
+def host() -> ModuleType:
+    """The `_host` module with the launch plans; a plain install does not have it."""
+    if not _library.build_info().get("test_build", True):
+        pytest.skip("launch plans are shown to Python by test builds only")
+    return testing.host()
+
+
+@pytest.fixture
 def cuda(request) -> Backend:
     """For what only a GPU has: streams, devices, graphs."""
     _skip_unless_available(request.config, "cuda")

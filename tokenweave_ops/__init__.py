@@ -7,6 +7,11 @@
 ``python -m tokenweave_ops.info`` says which kernels were built and which load.
 """
 
+try:
+    import torch  # noqa: F401
+except ModuleNotFoundError:
+    raise ImportError("tokenweave_ops needs torch >= 2.11: pip install torch") from None
+
 from tokenweave_ops import _library, template_op  # noqa: F401  (template_op defines its op; it is not re-exported)
 from tokenweave_ops.allreduce_rmsnorm import add_rms_norm_, add_rms_norm_train, rms_norm, rms_norm_train
 

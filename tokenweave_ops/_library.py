@@ -93,7 +93,8 @@ def _load(backend: str) -> None:
     if not path.exists():
         reason = build_info().get("no_cuda_reason") if backend == "cuda" else None
         raise ImportError(
-            f"{path.name} has not been built{f' ({reason})' if reason else ''}; run `{BUILD_COMMAND}` in the source tree."
+            f"{path.name} has not been built{f' ({reason})' if reason else ''}; "
+            f"run `{BUILD_COMMAND}` in the source tree."
         )
     if backend == "cuda" and torch.version.cuda is None:
         raise ImportError(f"{path.name} needs a CUDA build of torch, but torch {torch.__version__} is CPU-only.")

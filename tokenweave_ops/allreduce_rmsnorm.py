@@ -6,8 +6,8 @@ Numeric contract, met by every backend:
   rounded ``h``, the value the next layer will read.
 - ``rstd = 1 / sqrt(mean(h^2) + eps)``: squares accumulated, divided and rooted in fp32.
 - ``y = round((h * rstd) * (weight + weight_bias))``: fp32 products, rounded once to the element type.
-- The order of the fp32 additions depends on ``hidden``, on alignment and on the backend only: the same row gives the same
-  bits in every run, whatever the other rows, the batch size or the number of threads.
+- The order of the fp32 additions depends on ``hidden``, on alignment and on the backend only: the same row gives the
+  same bits in every run, whatever the other rows, the batch size or the number of threads.
 - A NaN anywhere in a row makes the whole row of ``y`` NaN; an infinity makes ``rstd`` 0, hence ``inf * 0 = NaN`` at its
   own place and 0 elsewhere. Other rows are not affected. NaN payloads are not kept.
 - Squares are summed in fp32: a row with elements beyond about 1e19 overflows the sum, ``rstd`` is 0 and so is the row.
@@ -116,7 +116,7 @@ def _refuse_grad(op: str, training_op: str) -> None:
     )
 
 
-# ------------------------------------------------------------------------------------------------------ public functions
+# ----------------------------------------------------------------------------------------------------- public functions
 
 
 def rms_norm(
@@ -132,7 +132,8 @@ def rms_norm(
         weight: ``[hidden]``, contiguous, dtype and device of x.
         eps: added to the mean square, at least 0.
         weight_bias: added to the weight in fp32; 1.0 for models that store ``weight - 1`` (Gemma).
-        out: where the result goes: shape, dtype and device of x, any strides allowed for x, no overlap with x or weight.
+        out: where the result goes: shape, dtype and device of x, any strides allowed for x; must not overlap x or
+            weight.
 
     Returns:
         out if given, else a new contiguous tensor like x.
@@ -156,8 +157,8 @@ def add_rms_norm_(x: Tensor, residual: Tensor, weight: Tensor, eps: float = 1e-6
     Numerics: the module's contract. No gradient: see :func:`add_rms_norm_train`.
 
     Args:
-        x: ``[..., hidden]``, bf16, fp16 or fp32, hidden 1 to 65,536; overwritten by the normed sum. The last dimension is
-            contiguous; the leading ones may be strided as long as they fold into at most two strides.
+        x: ``[..., hidden]``, bf16, fp16 or fp32, hidden 1 to 65,536; overwritten by the normed sum. The last dimension
+            is contiguous; the leading ones may be strided as long as they fold into at most two strides.
         residual: shape, dtype and device of x, its strides may differ; overwritten by the sum. Must not overlap x.
         weight: ``[hidden]``, contiguous, dtype and device of x.
         eps: added to the mean square, at least 0.
@@ -175,8 +176,9 @@ def add_rms_norm_(x: Tensor, residual: Tensor, weight: Tensor, eps: float = 1e-6
 def rms_norm_train(x: Tensor, weight: Tensor, eps: float = 1e-6, *, weight_bias: float = 0.0) -> Tensor:
     """Differentiable :func:`rms_norm`; keeps x and one fp32 number per row for the backward pass.
 
-    Arguments, errors and forward numerics are those of :func:`rms_norm`. Backward: fp32 throughout; the weight's gradient
-    is summed over fixed groups of rows, then over the groups, so it is the same in every run; rounded once at the end.
+    Arguments, errors and forward numerics are those of :func:`rms_norm`. Backward: fp32 throughout; the weight's
+    gradient is summed over fixed groups of rows, then over the groups, so it is the same in every run; rounded once at
+    the end.
     """
     return _rms_norm_train(x, weight, eps, weight_bias)[0]
 

@@ -1,7 +1,7 @@
 """Family template_op: one trivial, complete op to copy when adding an op (CONTRIBUTING.md, "How to add an op").
 
-Numeric contract, met by every backend: ``y = round(fp32(x) * scale)``, one rounding to x's dtype (nearest even); NaN and
-infinities as the product gives them.
+Numeric contract, met by every backend: ``y = round(fp32(x) * scale)``, one rounding to x's dtype (nearest even); NaN
+and infinities as the product gives them.
 """
 
 from __future__ import annotations

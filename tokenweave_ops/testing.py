@@ -19,7 +19,7 @@ from tokenweave_ops import _library
 
 
 def host() -> ModuleType:
-    """The ``_host`` module of a test build: launch plans as Python functions, and ``host().simt``, the emulator's controls."""
+    """The ``_host`` module of a test build: launch plans, and ``host().simt``, the emulator's controls."""
     name = "tokenweave_ops._host"
     if name not in sys.modules:
         suffix = importlib.machinery.EXTENSION_SUFFIXES[0]

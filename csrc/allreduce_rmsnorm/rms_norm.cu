@@ -1,5 +1,4 @@
 #include "allreduce_rmsnorm/rms_norm.cuh"
-
 #include "core/launch.h"
 
 namespace tokenweave::inline TOKENWEAVE_BACKEND {
@@ -68,11 +67,10 @@ RmsNormPlan plan_rms_norm(int64_t num_rows, int64_t hidden, DType dtype, bool al
 Status rms_norm(const RmsNormParams& params, const ExecutionContext& context) {
   const int64_t bytes = size_of(params.dtype);
   const bool has_residual = params.residual != nullptr;
-  const bool aligned =
-      reinterpret_cast<uintptr_t>(params.weight) % 16 == 0 && is_aligned_16(params.x, params.x_rows, bytes) &&
-      is_aligned_16(params.y, params.y_rows, bytes) &&
-      (!has_residual || (is_aligned_16(params.residual, params.residual_rows, bytes) &&
-                         is_aligned_16(params.h, params.h_rows, bytes)));
+  const bool aligned = reinterpret_cast<uintptr_t>(params.weight) % 16 == 0 &&
+                       is_aligned_16(params.x, params.x_rows, bytes) && is_aligned_16(params.y, params.y_rows, bytes) &&
+                       (!has_residual || (is_aligned_16(params.residual, params.residual_rows, bytes) &&
+                                          is_aligned_16(params.h, params.h_rows, bytes)));
   const RmsNormPlan plan = plan_rms_norm(params.num_rows, params.hidden, params.dtype, aligned);
   const LaunchConfig config{.kernel = has_residual ? "add_rms_norm" : "rms_norm",
                             .grid = plan.grid,

@@ -1,9 +1,10 @@
 // RMSNorm with an optional residual add, one row per block (short rows: one per warp).
 //   y = round((h * rstd) * (weight + weight_bias)),  h = round(x + residual),  rstd = 1 / sqrt(mean(h^2) + eps)
-// Mapping: thread t of a row's block_x threads owns packs t, t + block_x, ... of 16 bytes; they stay in registers between
-// the sum of squares and the scaling, so each element of x and residual is read once and of y and h written once.
-// Bytes: 4 * rows * hidden * size with the residual, 2 * without. Limit: device memory; below ~2 MiB launch and latency.
-// The weight (at most 128 KiB) comes from L1/L2 and is fetched before the barrier, where it hides behind the reduction.
+// Mapping: thread t of a row's block_x threads owns packs t, t + block_x, ... of 16 bytes; they stay in registers
+// between the sum of squares and the scaling, so each element of x and residual is read once and of y and h written
+// once. Bytes: 4 * rows * hidden * size with the residual, 2 * without. Limit: device memory; below ~2 MiB launch and
+// latency. The weight (at most 128 KiB) comes from L1/L2 and is fetched before the barrier, where it hides behind the
+// reduction.
 #pragma once
 
 #include "allreduce_rmsnorm/rms_norm.h"
@@ -26,11 +27,14 @@ TW_DEVICE float reciprocal_rms(float sum_of_squares, int64_t hidden, float eps) 
   return arch::divide(1.0f, arch::square_root(mean + eps));
 }
 
-// Threads on a row at most, and rows that must fit an SM side by side so that one's barrier hides behind another's loads.
+// Threads on a row at most, and rows that must fit an SM side by side so that one's barrier hides behind another's
+// loads.
 template <int kPacks>
 inline constexpr int kMaxRowThreads = kPacks <= 2 ? 512 : 1024;
 template <int kPacks>
-inline constexpr int kMinBlocksPerSm = kPacks == 1 ? 3 : kPacks == 2 ? 2 : 1;
+inline constexpr int kMinBlocksPerSm = kPacks == 1   ? 3
+                                       : kPacks == 2 ? 2
+                                                     : 1;
 
 // registers: <= 64
 template <class T, int kPacks, bool kHasResidual>

@@ -1,5 +1,6 @@
 // RMSNorm with an optional residual add: the contract shared by rms_norm, rms_norm_out, add_rms_norm_ and the training
-// forms. The meaning stands in tokenweave_ops/reference/allreduce_rmsnorm.py; the glue has checked everything stated here.
+// forms. The meaning stands in tokenweave_ops/reference/allreduce_rmsnorm.py; the glue has checked everything stated
+// here.
 #pragma once
 
 #include "core/op.h"

@@ -1,5 +1,4 @@
 #include "allreduce_rmsnorm/rms_norm_backward.cuh"
-
 #include "core/launch.h"
 
 namespace tokenweave::inline TOKENWEAVE_BACKEND {

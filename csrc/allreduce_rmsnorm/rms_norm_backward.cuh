@@ -2,8 +2,9 @@
 //   rows:   one block per row computes grad_x; two passes over the row, the second from cache.
 //   groups: thread = kWidth columns, block = one group of rows; sums grad_y * h * rstd down its rows into a partial.
 //   finish: thread = one column; adds the partials in group order.
-// Bytes: rows reads 2 (3 with grad_h) and writes 1, groups reads 2, all rows * hidden * size. Limit: device memory. Summing
-// the weight's gradient inside the rows kernel would save 2 of those 5, at the price of hidden / block_x registers.
+// Bytes: rows reads 2 (3 with grad_h) and writes 1, groups reads 2, all rows * hidden * size. Limit: device memory.
+// Summing the weight's gradient inside the rows kernel would save 2 of those 5, at the price of hidden / block_x
+// registers.
 #pragma once
 
 #include "allreduce_rmsnorm/rms_norm_backward.h"
@@ -101,7 +102,8 @@ TW_KERNEL void __launch_bounds__(256) rms_norm_backward_finish_kernel(RmsNormBac
   const int64_t column = int64_t{blockIdx.x} * blockDim.x + threadIdx.x;
   if (column >= p.hidden) return;
   float sum = 0.0f;
-  for (int64_t group = 0; group < num_groups; ++group) sum += p.partials[group * rms_norm_backward_pitch(p.hidden) + column];
+  for (int64_t group = 0; group < num_groups; ++group)
+    sum += p.partials[group * rms_norm_backward_pitch(p.hidden) + column];
   static_cast<T*>(p.grad_weight)[column] = from_float<T>(sum);
 }
 

@@ -24,15 +24,16 @@ struct RmsNormBackwardParams {
   float* partials = nullptr;    // scratch, [rms_norm_backward_groups(num_rows), rms_norm_backward_pitch(hidden)]
 };
 
-// The weight gradient is summed within groups of consecutive rows, then over the groups in order: the sum's order, and so
-// its bits, are a function of num_rows alone.
+// The weight gradient is summed within groups of consecutive rows, then over the groups in order: the sum's order, and
+// so its bits, are a function of num_rows alone.
 constexpr int64_t rms_norm_backward_groups(int64_t num_rows) { return num_rows < 64 ? num_rows : 64; }
 constexpr int64_t rms_norm_backward_group_begin(int64_t num_rows, int64_t group) {
   const int64_t groups = rms_norm_backward_groups(num_rows);
   return num_rows / groups * group + (group < num_rows % groups ? group : num_rows % groups);
 }
 
-// Floats from one group's partial sums to the next: whole vectors, so that a kernel may leave its lanes in its own order.
+// Floats from one group's partial sums to the next: whole vectors, so that a kernel may leave its lanes in its own
+// order.
 constexpr int64_t rms_norm_backward_pitch(int64_t hidden) { return (hidden + 31) / 32 * 32; }
 
 Status rms_norm_backward(const RmsNormBackwardParams& params, const ExecutionContext& context);

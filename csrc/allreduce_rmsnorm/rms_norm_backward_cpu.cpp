@@ -1,5 +1,5 @@
-// The gradient of RMSNorm on a CPU: a task takes a group of rows, computes their grad_x and sums their share of the weight's
-// gradient into the group's partial, which stays in its cache; a second pass adds the partials in group order.
+// The gradient of RMSNorm on a CPU: a task takes a group of rows, computes their grad_x and sums their share of the
+// weight's gradient into the group's partial, which stays in its cache; a second pass adds the partials in group order.
 #include "allreduce_rmsnorm/rms_norm_backward.h"
 #include "core/cpu.h"
 

@@ -1,6 +1,5 @@
 // rms_norm_backward: called by autograd, so its inputs are contiguous; checked all the same.
 #include "allreduce_rmsnorm/rms_norm_backward.h"
-
 #include "torch/check.h"
 #include "torch/registry.h"
 #include "torch/rows.h"
@@ -26,7 +25,8 @@ std::tuple<Tensor, Tensor> rms_norm_backward_op(const Tensor& grad_y, const std:
       rstd_info("rstd", rstd);
   RmsNormBackwardParams params;
   params.dtype = check_dtype(kOp, h_info);
-  if (h_info.dim < 1 || h_info.size(-1) < 1) fail(kOp, h_info, "have shape [..., hidden]", join(h_info.sizes, h_info.dim));
+  if (h_info.dim < 1 || h_info.size(-1) < 1)
+    fail(kOp, h_info, "have shape [..., hidden]", join(h_info.sizes, h_info.dim));
   check_contiguous(kOp, h_info);
   params.num_rows = count_rows(h_info);
   params.hidden = h_info.size(-1);
@@ -49,8 +49,7 @@ std::tuple<Tensor, Tensor> rms_norm_backward_op(const Tensor& grad_y, const std:
   Tensor grad_x = torch::stable::empty_like(h);
   Tensor grad_weight = torch::stable::empty_like(weight);
   if (params.num_rows == 0) return {grad_x, torch::stable::zero_(grad_weight)};
-  const int64_t scratch[2] = {rms_norm_backward_groups(params.num_rows),
-                              rms_norm_backward_pitch(params.hidden)};
+  const int64_t scratch[2] = {rms_norm_backward_groups(params.num_rows), rms_norm_backward_pitch(params.hidden)};
   const Tensor partials = torch::stable::new_empty(h, torch::headeronly::IntHeaderOnlyArrayRef(scratch, 2),
                                                    torch::headeronly::ScalarType::Float);
   params.grad_y = grad_y_info.data;

@@ -1,4 +1,5 @@
-// rms_norm, rms_norm_out, add_rms_norm_ and their training forms: argument checks, allocation, one call of the contract.
+// rms_norm, rms_norm_out, add_rms_norm_ and their training forms: argument checks, allocation, one call of the
+// contract.
 #include <cmath>
 #include <utility>
 
@@ -106,7 +107,8 @@ TOKENWEAVE_OP("rms_norm(Tensor x, Tensor weight, float eps, float weight_bias) -
 void rms_norm_out(const Tensor& x, const Tensor& weight, double eps, double weight_bias, const Tensor& out) {
   rms_norm_out_checked("rms_norm", x, weight, eps, weight_bias, out);
 }
-TOKENWEAVE_OP("rms_norm_out(Tensor x, Tensor weight, float eps, float weight_bias, Tensor(a!) out) -> ()", rms_norm_out);
+TOKENWEAVE_OP("rms_norm_out(Tensor x, Tensor weight, float eps, float weight_bias, Tensor(a!) out) -> ()",
+              rms_norm_out);
 
 void add_rms_norm_(const Tensor& x, const Tensor& residual, const Tensor& weight, double eps, double weight_bias) {
   constexpr const char* kOp = "add_rms_norm_";
@@ -127,9 +129,8 @@ void add_rms_norm_(const Tensor& x, const Tensor& residual, const Tensor& weight
   const ExecutionScope scope(x);
   raise_unless(rms_norm(params, scope.context()), kOp);
 }
-TOKENWEAVE_OP(
-    "add_rms_norm_(Tensor(a!) x, Tensor(b!) residual, Tensor weight, float eps, float weight_bias) -> ()",
-    add_rms_norm_);
+TOKENWEAVE_OP("add_rms_norm_(Tensor(a!) x, Tensor(b!) residual, Tensor weight, float eps, float weight_bias) -> ()",
+              add_rms_norm_);
 
 std::tuple<Tensor, Tensor> rms_norm_train(const Tensor& x, const Tensor& weight, double eps, double weight_bias) {
   constexpr const char* kOp = "rms_norm_train";

@@ -1,7 +1,8 @@
-// Every machine instruction our kernels use by name, one small function each, with its host twin beside it. nvcc sees the
-// PTX; every other compiler sees the emulator (simt/simt.h). A kernel that uses only this file and plain C++ runs on both.
-// Two rules make the twin able to find faults: shared memory comes from arch::shared<Struct>() with arch::Array members
-// (bounds-checked when emulated), and waiting for memory is arch::wait_until(...), never a loop of one's own.
+// Every machine instruction our kernels use by name, one small function each, with its host twin beside it. nvcc sees
+// the PTX; every other compiler sees the emulator (simt/simt.h). A kernel that uses only this file and plain C++ runs
+// on both. Two rules make the twin able to find faults: shared memory comes from arch::shared<Struct>() with
+// arch::Array members (bounds-checked when emulated), and waiting for memory is arch::wait_until(...), never a loop of
+// one's own.
 #pragma once
 
 #include <cstdint>
@@ -48,7 +49,7 @@ TW_DEVICE int warp_index() { return thread_index() / kWarpSize; }
 
 TW_DEVICE void sync_block([[maybe_unused]] TW_SITE) {
 #if defined(__CUDACC__)
-  asm volatile("barrier.sync 0;" ::: "memory");
+  asm volatile("bar.sync 0;" ::: "memory");
 #else
   ::simt::sync_block(TW_HERE);
 #endif
@@ -64,30 +65,30 @@ TW_DEVICE void sync_warp(uint32_t mask = kFullWarp, [[maybe_unused]] TW_SITE) {
 
 #if defined(__CUDACC__)
 // Shuffles move 4-byte values; T may be any trivially copyable type of 4 bytes.
-#define TW_SHUFFLE(name, ptx, clamp, kind)                                                                       \
-  template <class T>                                                                                             \
-  TW_DEVICE T name(T value, uint32_t operand, uint32_t mask = kFullWarp, TW_SITE) {                              \
-    static_assert(sizeof(T) == 4 && std::is_trivially_copyable_v<T>);                                            \
-    uint32_t bits, result;                                                                                       \
-    __builtin_memcpy(&bits, &value, 4);                                                                          \
-    asm volatile("shfl.sync." ptx ".b32 %0, %1, %2, %3, %4;"                                                     \
-                 : "=r"(result)                                                                                  \
-                 : "r"(bits), "r"(operand), "n"(clamp), "r"(mask));                                              \
-    __builtin_memcpy(&value, &result, 4);                                                                        \
-    return value;                                                                                                \
+#define TW_SHUFFLE(name, ptx, clamp, kind)                                          \
+  template <class T>                                                                \
+  TW_DEVICE T name(T value, uint32_t operand, uint32_t mask = kFullWarp, TW_SITE) { \
+    static_assert(sizeof(T) == 4 && std::is_trivially_copyable_v<T>);               \
+    uint32_t bits, result;                                                          \
+    __builtin_memcpy(&bits, &value, 4);                                             \
+    asm volatile("shfl.sync." ptx ".b32 %0, %1, %2, %3, %4;"                        \
+                 : "=r"(result)                                                     \
+                 : "r"(bits), "r"(operand), "n"(clamp), "r"(mask));                 \
+    __builtin_memcpy(&value, &result, 4);                                           \
+    return value;                                                                   \
   }
 #else
-#define TW_SHUFFLE(name, ptx, clamp, kind)                                                                       \
-  template <class T>                                                                                             \
-  TW_DEVICE T name(T value, uint32_t operand, uint32_t mask = kFullWarp, TW_SITE) {                              \
-    static_assert(sizeof(T) == 4 && std::is_trivially_copyable_v<T>);                                            \
-    return std::bit_cast<T>(static_cast<uint32_t>(                                                               \
-        ::simt::exchange(::simt::Exchange::kind, mask, std::bit_cast<uint32_t>(value), operand, TW_HERE)));      \
+#define TW_SHUFFLE(name, ptx, clamp, kind)                                                                  \
+  template <class T>                                                                                        \
+  TW_DEVICE T name(T value, uint32_t operand, uint32_t mask = kFullWarp, TW_SITE) {                         \
+    static_assert(sizeof(T) == 4 && std::is_trivially_copyable_v<T>);                                       \
+    return std::bit_cast<T>(static_cast<uint32_t>(                                                          \
+        ::simt::exchange(::simt::Exchange::kind, mask, std::bit_cast<uint32_t>(value), operand, TW_HERE))); \
   }
 #endif
-TW_SHUFFLE(shuffle, "idx", 0x1f, shuffle)           // from lane `operand`
-TW_SHUFFLE(shuffle_xor, "bfly", 0x1f, shuffle_xor)  // from lane ^ operand
-TW_SHUFFLE(shuffle_up, "up", 0x00, shuffle_up)      // from lane - operand, own value below it
+TW_SHUFFLE(shuffle, "idx", 0x1f, shuffle)             // from lane `operand`
+TW_SHUFFLE(shuffle_xor, "bfly", 0x1f, shuffle_xor)    // from lane ^ operand
+TW_SHUFFLE(shuffle_up, "up", 0x00, shuffle_up)        // from lane - operand, own value below it
 TW_SHUFFLE(shuffle_down, "down", 0x1f, shuffle_down)  // from lane + operand, own value above it
 #undef TW_SHUFFLE
 
@@ -209,48 +210,48 @@ inline constexpr ::simt::Scope kTwinScope = scope == Scope::gpu ? ::simt::Scope:
 
 // load_relaxed, load_acquire, store_relaxed, store_release: one word of 4 or 8 bytes, at gpu or sys scope.
 #if defined(__CUDACC__)
-#define TW_LOAD(order)                                                                                            \
-  template <Scope scope, class T>                                                                                 \
-  TW_DEVICE T load_##order(const T* address, TW_SITE) {                                                           \
-    static_assert(std::is_same_v<T, uint32_t> || std::is_same_v<T, uint64_t>);                                    \
-    T value;                                                                                                      \
-    if constexpr (sizeof(T) == 4 && scope == Scope::gpu)                                                          \
-      asm volatile("ld." #order ".gpu.global.u32 %0, [%1];" : "=r"(value) : "l"(address) : "memory");             \
-    else if constexpr (sizeof(T) == 4)                                                                            \
-      asm volatile("ld." #order ".sys.global.u32 %0, [%1];" : "=r"(value) : "l"(address) : "memory");             \
-    else if constexpr (scope == Scope::gpu)                                                                       \
-      asm volatile("ld." #order ".gpu.global.u64 %0, [%1];" : "=l"(value) : "l"(address) : "memory");             \
-    else                                                                                                          \
-      asm volatile("ld." #order ".sys.global.u64 %0, [%1];" : "=l"(value) : "l"(address) : "memory");             \
-    return value;                                                                                                 \
+#define TW_LOAD(order)                                                                                \
+  template <Scope scope, class T>                                                                     \
+  TW_DEVICE T load_##order(const T* address, TW_SITE) {                                               \
+    static_assert(std::is_same_v<T, uint32_t> || std::is_same_v<T, uint64_t>);                        \
+    T value;                                                                                          \
+    if constexpr (sizeof(T) == 4 && scope == Scope::gpu)                                              \
+      asm volatile("ld." #order ".gpu.global.u32 %0, [%1];" : "=r"(value) : "l"(address) : "memory"); \
+    else if constexpr (sizeof(T) == 4)                                                                \
+      asm volatile("ld." #order ".sys.global.u32 %0, [%1];" : "=r"(value) : "l"(address) : "memory"); \
+    else if constexpr (scope == Scope::gpu)                                                           \
+      asm volatile("ld." #order ".gpu.global.u64 %0, [%1];" : "=l"(value) : "l"(address) : "memory"); \
+    else                                                                                              \
+      asm volatile("ld." #order ".sys.global.u64 %0, [%1];" : "=l"(value) : "l"(address) : "memory"); \
+    return value;                                                                                     \
   }
-#define TW_STORE(order)                                                                                           \
-  template <Scope scope, class T>                                                                                 \
-  TW_DEVICE void store_##order(T* address, std::type_identity_t<T> value, TW_SITE) {                              \
-    static_assert(std::is_same_v<T, uint32_t> || std::is_same_v<T, uint64_t>);                                    \
-    if constexpr (sizeof(T) == 4 && scope == Scope::gpu)                                                          \
-      asm volatile("st." #order ".gpu.global.u32 [%0], %1;" ::"l"(address), "r"(value) : "memory");               \
-    else if constexpr (sizeof(T) == 4)                                                                            \
-      asm volatile("st." #order ".sys.global.u32 [%0], %1;" ::"l"(address), "r"(value) : "memory");               \
-    else if constexpr (scope == Scope::gpu)                                                                       \
-      asm volatile("st." #order ".gpu.global.u64 [%0], %1;" ::"l"(address), "l"(value) : "memory");               \
-    else                                                                                                          \
-      asm volatile("st." #order ".sys.global.u64 [%0], %1;" ::"l"(address), "l"(value) : "memory");               \
+#define TW_STORE(order)                                                                             \
+  template <Scope scope, class T>                                                                   \
+  TW_DEVICE void store_##order(T* address, std::type_identity_t<T> value, TW_SITE) {                \
+    static_assert(std::is_same_v<T, uint32_t> || std::is_same_v<T, uint64_t>);                      \
+    if constexpr (sizeof(T) == 4 && scope == Scope::gpu)                                            \
+      asm volatile("st." #order ".gpu.global.u32 [%0], %1;" ::"l"(address), "r"(value) : "memory"); \
+    else if constexpr (sizeof(T) == 4)                                                              \
+      asm volatile("st." #order ".sys.global.u32 [%0], %1;" ::"l"(address), "r"(value) : "memory"); \
+    else if constexpr (scope == Scope::gpu)                                                         \
+      asm volatile("st." #order ".gpu.global.u64 [%0], %1;" ::"l"(address), "l"(value) : "memory"); \
+    else                                                                                            \
+      asm volatile("st." #order ".sys.global.u64 [%0], %1;" ::"l"(address), "l"(value) : "memory"); \
   }
 #else
-#define TW_LOAD(order)                                                                                            \
-  template <Scope scope, class T>                                                                                 \
-  TW_DEVICE T load_##order(const T* address, TW_SITE) {                                                           \
-    static_assert(std::is_same_v<T, uint32_t> || std::is_same_v<T, uint64_t>);                                    \
-    T value;                                                                                                      \
-    ::simt::load(&value, address, sizeof(T), ::simt::Order::order, kTwinScope<scope>, TW_HERE);                   \
-    return value;                                                                                                 \
+#define TW_LOAD(order)                                                                          \
+  template <Scope scope, class T>                                                               \
+  TW_DEVICE T load_##order(const T* address, TW_SITE) {                                         \
+    static_assert(std::is_same_v<T, uint32_t> || std::is_same_v<T, uint64_t>);                  \
+    T value;                                                                                    \
+    ::simt::load(&value, address, sizeof(T), ::simt::Order::order, kTwinScope<scope>, TW_HERE); \
+    return value;                                                                               \
   }
-#define TW_STORE(order)                                                                                           \
-  template <Scope scope, class T>                                                                                 \
-  TW_DEVICE void store_##order(T* address, std::type_identity_t<T> value, TW_SITE) {                              \
-    static_assert(std::is_same_v<T, uint32_t> || std::is_same_v<T, uint64_t>);                                    \
-    ::simt::store(address, &value, sizeof(T), ::simt::Order::order, kTwinScope<scope>, TW_HERE);                  \
+#define TW_STORE(order)                                                                          \
+  template <Scope scope, class T>                                                                \
+  TW_DEVICE void store_##order(T* address, std::type_identity_t<T> value, TW_SITE) {             \
+    static_assert(std::is_same_v<T, uint32_t> || std::is_same_v<T, uint64_t>);                   \
+    ::simt::store(address, &value, sizeof(T), ::simt::Order::order, kTwinScope<scope>, TW_HERE); \
   }
 #endif
 TW_LOAD(relaxed)
@@ -262,58 +263,72 @@ TW_STORE(release)
 
 // cas_{relaxed,acquire,release,acq_rel} and add_{...}: return the word's value before the operation.
 #if defined(__CUDACC__)
-#define TW_ATOMIC(order)                                                                                          \
-  template <Scope scope, class T>                                                                                 \
-  TW_DEVICE T cas_##order(T* address, std::type_identity_t<T> expected, std::type_identity_t<T> desired,          \
-                          TW_SITE) {                                                                              \
-    static_assert(std::is_same_v<T, uint32_t> || std::is_same_v<T, uint64_t>);                                    \
-    T old;                                                                                                        \
-    if constexpr (sizeof(T) == 4 && scope == Scope::gpu)                                                          \
-      asm volatile("atom." #order ".gpu.global.cas.b32 %0, [%1], %2, %3;"                                         \
-                   : "=r"(old) : "l"(address), "r"(expected), "r"(desired) : "memory");                           \
-    else if constexpr (sizeof(T) == 4)                                                                            \
-      asm volatile("atom." #order ".sys.global.cas.b32 %0, [%1], %2, %3;"                                         \
-                   : "=r"(old) : "l"(address), "r"(expected), "r"(desired) : "memory");                           \
-    else if constexpr (scope == Scope::gpu)                                                                       \
-      asm volatile("atom." #order ".gpu.global.cas.b64 %0, [%1], %2, %3;"                                         \
-                   : "=l"(old) : "l"(address), "l"(expected), "l"(desired) : "memory");                           \
-    else                                                                                                          \
-      asm volatile("atom." #order ".sys.global.cas.b64 %0, [%1], %2, %3;"                                         \
-                   : "=l"(old) : "l"(address), "l"(expected), "l"(desired) : "memory");                           \
-    return old;                                                                                                   \
-  }                                                                                                               \
-  template <Scope scope, class T>                                                                                 \
-  TW_DEVICE T add_##order(T* address, std::type_identity_t<T> value, TW_SITE) {                                   \
-    static_assert(std::is_same_v<T, uint32_t> || std::is_same_v<T, uint64_t>);                                    \
-    T old;                                                                                                        \
-    if constexpr (sizeof(T) == 4 && scope == Scope::gpu)                                                          \
-      asm volatile("atom." #order ".gpu.global.add.u32 %0, [%1], %2;"                                             \
-                   : "=r"(old) : "l"(address), "r"(value) : "memory");                                            \
-    else if constexpr (sizeof(T) == 4)                                                                            \
-      asm volatile("atom." #order ".sys.global.add.u32 %0, [%1], %2;"                                             \
-                   : "=r"(old) : "l"(address), "r"(value) : "memory");                                            \
-    else if constexpr (scope == Scope::gpu)                                                                       \
-      asm volatile("atom." #order ".gpu.global.add.u64 %0, [%1], %2;"                                             \
-                   : "=l"(old) : "l"(address), "l"(value) : "memory");                                            \
-    else                                                                                                          \
-      asm volatile("atom." #order ".sys.global.add.u64 %0, [%1], %2;"                                             \
-                   : "=l"(old) : "l"(address), "l"(value) : "memory");                                            \
-    return old;                                                                                                   \
+#define TW_ATOMIC(order)                                                                                            \
+  template <Scope scope, class T>                                                                                   \
+  TW_DEVICE T cas_##order(T* address, std::type_identity_t<T> expected, std::type_identity_t<T> desired, TW_SITE) { \
+    static_assert(std::is_same_v<T, uint32_t> || std::is_same_v<T, uint64_t>);                                      \
+    T old;                                                                                                          \
+    if constexpr (sizeof(T) == 4 && scope == Scope::gpu)                                                            \
+      asm volatile("atom." #order ".gpu.global.cas.b32 %0, [%1], %2, %3;"                                           \
+                   : "=r"(old)                                                                                      \
+                   : "l"(address), "r"(expected), "r"(desired)                                                      \
+                   : "memory");                                                                                     \
+    else if constexpr (sizeof(T) == 4)                                                                              \
+      asm volatile("atom." #order ".sys.global.cas.b32 %0, [%1], %2, %3;"                                           \
+                   : "=r"(old)                                                                                      \
+                   : "l"(address), "r"(expected), "r"(desired)                                                      \
+                   : "memory");                                                                                     \
+    else if constexpr (scope == Scope::gpu)                                                                         \
+      asm volatile("atom." #order ".gpu.global.cas.b64 %0, [%1], %2, %3;"                                           \
+                   : "=l"(old)                                                                                      \
+                   : "l"(address), "l"(expected), "l"(desired)                                                      \
+                   : "memory");                                                                                     \
+    else                                                                                                            \
+      asm volatile("atom." #order ".sys.global.cas.b64 %0, [%1], %2, %3;"                                           \
+                   : "=l"(old)                                                                                      \
+                   : "l"(address), "l"(expected), "l"(desired)                                                      \
+                   : "memory");                                                                                     \
+    return old;                                                                                                     \
+  }                                                                                                                 \
+  template <Scope scope, class T>                                                                                   \
+  TW_DEVICE T add_##order(T* address, std::type_identity_t<T> value, TW_SITE) {                                     \
+    static_assert(std::is_same_v<T, uint32_t> || std::is_same_v<T, uint64_t>);                                      \
+    T old;                                                                                                          \
+    if constexpr (sizeof(T) == 4 && scope == Scope::gpu)                                                            \
+      asm volatile("atom." #order ".gpu.global.add.u32 %0, [%1], %2;"                                               \
+                   : "=r"(old)                                                                                      \
+                   : "l"(address), "r"(value)                                                                       \
+                   : "memory");                                                                                     \
+    else if constexpr (sizeof(T) == 4)                                                                              \
+      asm volatile("atom." #order ".sys.global.add.u32 %0, [%1], %2;"                                               \
+                   : "=r"(old)                                                                                      \
+                   : "l"(address), "r"(value)                                                                       \
+                   : "memory");                                                                                     \
+    else if constexpr (scope == Scope::gpu)                                                                         \
+      asm volatile("atom." #order ".gpu.global.add.u64 %0, [%1], %2;"                                               \
+                   : "=l"(old)                                                                                      \
+                   : "l"(address), "l"(value)                                                                       \
+                   : "memory");                                                                                     \
+    else                                                                                                            \
+      asm volatile("atom." #order ".sys.global.add.u64 %0, [%1], %2;"                                               \
+                   : "=l"(old)                                                                                      \
+                   : "l"(address), "l"(value)                                                                       \
+                   : "memory");                                                                                     \
+    return old;                                                                                                     \
   }
 #else
-#define TW_ATOMIC(order)                                                                                          \
-  template <Scope scope, class T>                                                                                 \
-  TW_DEVICE T cas_##order(T* address, std::type_identity_t<T> expected, std::type_identity_t<T> desired,          \
-                          TW_SITE) {                                                                              \
-    static_assert(std::is_same_v<T, uint32_t> || std::is_same_v<T, uint64_t>);                                    \
-    return static_cast<T>(::simt::compare_and_swap(address, sizeof(T), expected, desired, ::simt::Order::order,   \
-                                                   kTwinScope<scope>, TW_HERE));                                  \
-  }                                                                                                               \
-  template <Scope scope, class T>                                                                                 \
-  TW_DEVICE T add_##order(T* address, std::type_identity_t<T> value, TW_SITE) {                                   \
-    static_assert(std::is_same_v<T, uint32_t> || std::is_same_v<T, uint64_t>);                                    \
-    return static_cast<T>(                                                                                        \
-        ::simt::fetch_add(address, sizeof(T), value, ::simt::Order::order, kTwinScope<scope>, TW_HERE));          \
+#define TW_ATOMIC(order)                                                                                            \
+  template <Scope scope, class T>                                                                                   \
+  TW_DEVICE T cas_##order(T* address, std::type_identity_t<T> expected, std::type_identity_t<T> desired, TW_SITE) { \
+    static_assert(std::is_same_v<T, uint32_t> || std::is_same_v<T, uint64_t>);                                      \
+    return static_cast<T>(::simt::compare_and_swap(address, sizeof(T), expected, desired, ::simt::Order::order,     \
+                                                   kTwinScope<scope>, TW_HERE));                                    \
+  }                                                                                                                 \
+  template <Scope scope, class T>                                                                                   \
+  TW_DEVICE T add_##order(T* address, std::type_identity_t<T> value, TW_SITE) {                                     \
+    static_assert(std::is_same_v<T, uint32_t> || std::is_same_v<T, uint64_t>);                                      \
+    return static_cast<T>(                                                                                          \
+        ::simt::fetch_add(address, sizeof(T), value, ::simt::Order::order, kTwinScope<scope>, TW_HERE));            \
   }
 #endif
 TW_ATOMIC(relaxed)
@@ -334,7 +349,8 @@ TW_DEVICE void fence_acq_rel([[maybe_unused]] TW_SITE) {
 #endif
 }
 
-// -------------------------------------------------------------------------------------------------------------- waiting
+// --------------------------------------------------------------------------------------------------------------
+// waiting
 
 TW_DEVICE uint64_t globaltimer_ns() {
 #if defined(__CUDACC__)
@@ -354,8 +370,8 @@ TW_DEVICE void nanosleep(uint32_t duration_ns, [[maybe_unused]] TW_SITE) {
 #endif
 }
 
-// Polls until poll() is true (returns true) or globaltimer_ns() passes deadline_ns (returns false: the caller must leave
-// by a path that writes no result). poll() must read through load_relaxed, load_acquire or an atomic.
+// Polls until poll() is true (returns true) or globaltimer_ns() passes deadline_ns (returns false: the caller must
+// leave by a path that writes no result). poll() must read through load_relaxed, load_acquire or an atomic.
 template <class Poll>
 TW_DEVICE bool wait_until(Poll poll, uint64_t deadline_ns, [[maybe_unused]] TW_SITE) {
 #if defined(__CUDACC__)

@@ -1,8 +1,8 @@
-// What CPU kernels (<op>_cpu.cpp) are written with: 32 fp32 lanes on every instruction set, and the run-time choice among
-// the sets. CMake builds each <op>_cpu.cpp once per set, with TOKENWEAVE_ISA naming the namespace its code lives in; the
-// baseline build also emits the dispatcher. Everything here is static or a lambda's: nothing built for AVX-512 may be
-// merged by the linker into what a baseline machine runs. The lanes and the order of additions are the same on every set
-// and multiplies are not contracted into adds (-ffp-contract=off), so all sets give the same bits.
+// What CPU kernels (<op>_cpu.cpp) are written with: 32 fp32 lanes on every instruction set, and the run-time choice
+// among the sets. CMake builds each <op>_cpu.cpp once per set, with TOKENWEAVE_ISA naming the namespace its code lives
+// in; the baseline build also emits the dispatcher. Everything here is static or a lambda's: nothing built for AVX-512
+// may be merged by the linker into what a baseline machine runs. The lanes and the order of additions are the same on
+// every set and multiplies are not contracted into adds (-ffp-contract=off), so all sets give the same bits.
 #pragma once
 
 #include <cmath>
@@ -157,7 +157,8 @@ TW_CPU void store_lanes(fp16* destination, const Lanes& lanes) {
 }
 #endif
 
-// 32 whole elements; and the last `count` < 32 of a row: lanes past its end are zero when loaded and dropped when stored.
+// 32 whole elements; and the last `count` < 32 of a row: lanes past its end are zero when loaded and dropped when
+// stored.
 template <class T>
 TW_CPU Lanes load(const T* source) {
   Lanes lanes;
@@ -181,8 +182,8 @@ TW_CPU void store_tail(T* destination, int64_t count, const Lanes& lanes) {
   for (int64_t i = 0; i < count; ++i) destination[i] = padded[i];
 }
 
-// body(i, load, store) for i = 0, 32, ... of a row: whole vectors first, then the tail if there is one. `load` and `store`
-// take a row's start and act on its elements from i on.
+// body(i, load, store) for i = 0, 32, ... of a row: whole vectors first, then the tail if there is one. `load` and
+// `store` take a row's start and act on its elements from i on.
 template <class Body>
 TW_CPU void for_each_vector(int64_t count, const Body& body) {
   const int64_t whole = count / kLanes * kLanes;
@@ -214,38 +215,39 @@ TW_CPU void parallel_for(const ExecutionContext& context, int64_t begin, int64_t
 
 }  // namespace tokenweave::inline TOKENWEAVE_BACKEND::inline TOKENWEAVE_ISA
 
-// TOKENWEAVE_CPU_DISPATCH(rms_norm, RmsNormParams): defines Status rms_norm(const RmsNormParams&, const ExecutionContext&)
-// as a choice among isa_*::rms_norm_kernel, each defined in the same file. Expands to nothing but in the baseline build.
+// TOKENWEAVE_CPU_DISPATCH(rms_norm, RmsNormParams): defines Status rms_norm(const RmsNormParams&, const
+// ExecutionContext&) as a choice among isa_*::rms_norm_kernel, each defined in the same file. Expands to nothing but in
+// the baseline build.
 #define TW_IS_BASELINE_isa_baseline 1
 #define TW_CONCATENATE_EXPANDED(a, b) a##b
 #define TW_CONCATENATE(a, b) TW_CONCATENATE_EXPANDED(a, b)
 #if TW_CONCATENATE(TW_IS_BASELINE_, TOKENWEAVE_ISA)
 #if defined(__x86_64__)
-#define TOKENWEAVE_CPU_DISPATCH(op, Params)                                             \
-  namespace tokenweave::inline TOKENWEAVE_BACKEND {                                     \
-  namespace isa_avx2 {                                                                  \
-  Status op##_kernel(const Params& params, const ExecutionContext& context);            \
-  }                                                                                     \
-  namespace isa_avx512 {                                                                \
-  Status op##_kernel(const Params& params, const ExecutionContext& context);            \
-  }                                                                                     \
-  Status op(const Params& params, const ExecutionContext& context) {                    \
-    switch (cpu_isa()) {                                                                \
-      case CpuIsa::avx512:                                                              \
-        return isa_avx512::op##_kernel(params, context);                                \
-      case CpuIsa::avx2:                                                                \
-        return isa_avx2::op##_kernel(params, context);                                  \
-      default:                                                                          \
-        return isa_baseline::op##_kernel(params, context);                              \
-    }                                                                                   \
-  }                                                                                     \
+#define TOKENWEAVE_CPU_DISPATCH(op, Params)                                  \
+  namespace tokenweave::inline TOKENWEAVE_BACKEND {                          \
+  namespace isa_avx2 {                                                       \
+  Status op##_kernel(const Params& params, const ExecutionContext& context); \
+  }                                                                          \
+  namespace isa_avx512 {                                                     \
+  Status op##_kernel(const Params& params, const ExecutionContext& context); \
+  }                                                                          \
+  Status op(const Params& params, const ExecutionContext& context) {         \
+    switch (cpu_isa()) {                                                     \
+      case CpuIsa::avx512:                                                   \
+        return isa_avx512::op##_kernel(params, context);                     \
+      case CpuIsa::avx2:                                                     \
+        return isa_avx2::op##_kernel(params, context);                       \
+      default:                                                               \
+        return isa_baseline::op##_kernel(params, context);                   \
+    }                                                                        \
+  }                                                                          \
   }
 #else
-#define TOKENWEAVE_CPU_DISPATCH(op, Params)                                             \
-  namespace tokenweave::inline TOKENWEAVE_BACKEND {                                     \
-  Status op(const Params& params, const ExecutionContext& context) {                    \
-    return isa_baseline::op##_kernel(params, context);                                  \
-  }                                                                                     \
+#define TOKENWEAVE_CPU_DISPATCH(op, Params)                          \
+  namespace tokenweave::inline TOKENWEAVE_BACKEND {                  \
+  Status op(const Params& params, const ExecutionContext& context) { \
+    return isa_baseline::op##_kernel(params, context);               \
+  }                                                                  \
   }
 #endif
 

@@ -37,9 +37,9 @@ Status launch(const LaunchConfig& config, const ExecutionContext& context, void 
   }
 #if defined(__CUDACC__)
   if (config.shared_bytes > 48 * 1024) {
-    cudaError_t error = cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
-                                             cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                             static_cast<int>(config.shared_bytes));
+    cudaError_t error =
+        cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel), cudaFuncAttributeMaxDynamicSharedMemorySize,
+                             static_cast<int>(config.shared_bytes));
     if (error != cudaSuccess) {
       cudaGetLastError();  // clear it: the next caller must not inherit this launch's error
       return Status::error("%s: %lld bytes of shared memory refused: %s", config.kernel,

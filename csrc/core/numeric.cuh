@@ -87,7 +87,9 @@ TW_HOST_DEVICE T from_float(float value) {
 }
 
 template <class T>
-inline constexpr DType kDType = std::is_same_v<T, bf16> ? DType::bf16 : std::is_same_v<T, fp16> ? DType::fp16 : DType::fp32;
+inline constexpr DType kDType = std::is_same_v<T, bf16>   ? DType::bf16
+                                : std::is_same_v<T, fp16> ? DType::fp16
+                                                          : DType::fp32;
 
 // Calls visitor.operator()<T>() with the element type of `dtype`. The one place where a dtype becomes a type.
 template <class Visitor>

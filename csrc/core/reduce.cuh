@@ -1,5 +1,5 @@
-// Sums over a warp and over a block. The order of additions is fixed by lane and warp number alone, so the same inputs give
-// the same bits in every run; every participating thread gets the result.
+// Sums over a warp and over a block. The order of additions is fixed by lane and warp number alone, so the same inputs
+// give the same bits in every run; every participating thread gets the result.
 #pragma once
 
 #include "core/arch.cuh"
@@ -19,7 +19,8 @@ struct BlockSumStorage {
   arch::Array<float, 32> warp_sums;
 };
 
-// All threads of the block, a multiple of 32 of them, must call it. Two barriers: the second lets the storage be reused.
+// All threads of the block, a multiple of 32 of them, must call it. Two barriers: the second lets the storage be
+// reused.
 TW_DEVICE float block_sum(float value, BlockSumStorage& storage) {
   const int num_warps = static_cast<int>(blockDim.x * blockDim.y) / arch::kWarpSize;
   value = warp_sum(value);

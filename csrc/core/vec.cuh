@@ -1,4 +1,5 @@
-// 16 bytes of elements at a time: Pack<T> is one load's worth (8 of 2 bytes or 4 of 4 bytes), unpacked to fp32 in order.
+// 16 bytes of elements at a time: Pack<T> is one load's worth (8 of 2 bytes or 4 of 4 bytes), unpacked to fp32 in
+// order.
 #pragma once
 
 #include "core/numeric.cuh"

@@ -1,7 +1,7 @@
 // How a file adds functions to the Python module `_host` without touching a central one:
 //   HOST_BINDINGS(module) { submodule(module, "my_op").def("plan", &plan); }
-// For launch plans (csrc/<family>/*_host.cpp) and emulated test kernels (tests/simt/kernels/*.cpp). No torch here: memory
-// comes as buffers (numpy arrays) or as addresses.
+// For launch plans (csrc/<family>/*_host.cpp) and emulated test kernels (tests/simt/kernels/*.cpp). No torch here:
+// memory comes as buffers (numpy arrays) or as addresses.
 #pragma once
 
 #include <pybind11/numpy.h>
@@ -24,9 +24,9 @@ struct Registrar {
   static Registrar* first;
 };
 
-#define HOST_BINDINGS(module)                                                                                    \
-  static void add_host_bindings(::pybind11::module_& module);                                                    \
-  static const ::tokenweave::TOKENWEAVE_BACKEND::host::Registrar host_bindings_registrar(&add_host_bindings);    \
+#define HOST_BINDINGS(module)                                                                                 \
+  static void add_host_bindings(::pybind11::module_& module);                                                 \
+  static const ::tokenweave::TOKENWEAVE_BACKEND::host::Registrar host_bindings_registrar(&add_host_bindings); \
   static void add_host_bindings([[maybe_unused]] ::pybind11::module_& module)
 
 // `_host.<name>`, made at first use: several files may add to one submodule.

@@ -1,4 +1,5 @@
-// The Python module `_host` (test and tool builds): the emulator's controls, launch plans, and the emulator's own tests.
+// The Python module `_host` (test and tool builds): the emulator's controls, launch plans, and the emulator's own
+// tests.
 #include "host/bindings.h"
 #include "simt/simt.h"
 

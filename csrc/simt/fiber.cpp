@@ -135,8 +135,8 @@ void finish_first_switch([[maybe_unused]] Context& came_from) {
 size_t StackSlab::capacity() {
   // Only touched pages cost memory. A system that forbids overcommit may refuse the full size: then take less.
   for (size_t count = kMaxStacks; capacity_ == 0 && count >= 2048; count /= 2) {
-    void* base = mmap(nullptr, count * kStackBytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE,
-                      -1, 0);
+    void* base =
+        mmap(nullptr, count * kStackBytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
     if (base == MAP_FAILED) continue;
     base_ = static_cast<char*>(base);
     capacity_ = count;

@@ -30,8 +30,8 @@ void switch_context(Context& from, Context& to);
 // thread's own stack).
 void finish_first_switch(Context& came_from);
 
-// All stacks of the emulator in one mapping: one each would exceed the kernel's limit on mappings. There is no guard page
-// for the same reason; a canary at the low end of each stack shows an overflow when the thread ends.
+// All stacks of the emulator in one mapping: one each would exceed the kernel's limit on mappings. There is no guard
+// page for the same reason; a canary at the low end of each stack shows an overflow when the thread ends.
 class StackSlab {
  public:
 #if defined(SIMT_ASAN)

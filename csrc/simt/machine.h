@@ -1,5 +1,6 @@
 // The emulator's inside: threads as fibers, gathered in warps, blocks and ranks, and the one scheduler that runs them.
-// machine.cpp schedules, threads.cpp holds what a kernel calls, report.cpp puts faults into words, host.cpp is the door.
+// host.cpp is the door, launches.cpp sets launches up, machine.cpp schedules, threads.cpp holds what a kernel calls,
+// report.cpp puts faults into words.
 #pragma once
 
 #include <cstdarg>
@@ -29,10 +30,10 @@ struct Fiber : Thread {
   Context context;
   Block* block;
   Warp* warp;
-  View* view;           // made at the first access to peer memory
-  Site site;            // of the call it is in
-  uint64_t deadline_ns;  // of a wait or a sleep
-  uint64_t polled_at;   // Machine::events_ when its poll last failed
+  View* view;                          // made at the first access to peer memory
+  Site site;                           // of the call it is in
+  uint64_t deadline_ns;                // of a wait or a sleep
+  uint64_t polled_at;                  // Machine::events_ when its poll last failed
   uintptr_t polled_begin, polled_end;  // what the poll read
   uint32_t parked_index;
   uint8_t lane;
@@ -167,7 +168,7 @@ class Machine {
 
   std::vector<Block*> runnable_;  // blocks with a runnable warp
   std::vector<Block*> finished_;
-  std::vector<Fiber*> parked_;    // waiting and sleeping threads
+  std::vector<Fiber*> parked_;  // waiting and sleeping threads
 
   struct Turn {  // one warp's lanes, in an order drawn for each sweep over them
     Warp* warp = nullptr;

@@ -6,8 +6,9 @@
 namespace simt {
 namespace {
 
-constexpr size_t kMostGranulesWithHistory = 1 << 16;  // then all history is dropped: fewer stale loads, never a wrong one
-constexpr size_t kMostSeen = 1 << 12;                 // then the view counts as having acquired everything
+constexpr size_t kMostGranulesWithHistory = 1
+                                            << 16;  // then all history is dropped: fewer stale loads, never a wrong one
+constexpr size_t kMostSeen = 1 << 12;               // then the view counts as having acquired everything
 
 int hash(uintptr_t granule) { return static_cast<int>((granule >> 4) * 0x9E3779B97F4A7C15u >> 58); }
 
@@ -192,7 +193,8 @@ uintptr_t PeerMemory::commit_one() {
   return granule;
 }
 
-// Writes memory, and keeps what it replaces. Whoever shares the view has read the store already and must go on seeing it.
+// Writes memory, and keeps what it replaces. Whoever shares the view has read the store already and must go on seeing
+// it.
 void PeerMemory::commit(View& view, const HeldStore& store) {
   if (history_.size() >= kMostGranulesWithHistory) history_.clear();
   History& history = history_[store.granule];
@@ -234,9 +236,8 @@ void PeerMemory::store(View& view, uintptr_t destination, const void* source, si
 }
 
 void PeerMemory::settle(View& view, uintptr_t address, size_t bytes) {
-  split(address, bytes, [&](uintptr_t granule, int offset, int length, size_t) {
-    commit_overlapping(&view, granule, offset, length);
-  });
+  split(address, bytes,
+        [&](uintptr_t granule, int offset, int length, size_t) { commit_overlapping(&view, granule, offset, length); });
 }
 
 void PeerMemory::load(View& view, void* destination, uintptr_t source, size_t bytes, bool fresh) {

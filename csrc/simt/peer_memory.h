@@ -35,9 +35,9 @@ struct View {
   size_t holding_index = 0;
 
   std::unordered_map<uintptr_t, uint64_t> seen;  // per granule, the newest commit seen: never read anything older
-  uint64_t gpu_mark = 0;   // commits of the own rank up to here are acquired
-  uint64_t sys_mark = 0;   // commits of every rank up to here are acquired
-  uint64_t released = 0;   // rank views: the largest sys_mark any thread of the rank had when it released
+  uint64_t gpu_mark = 0;                         // commits of the own rank up to here are acquired
+  uint64_t sys_mark = 0;                         // commits of every rank up to here are acquired
+  uint64_t released = 0;  // rank views: the largest sys_mark any thread of the rank had when it released
 };
 
 class PeerMemory {

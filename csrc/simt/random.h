@@ -18,7 +18,9 @@ class Random {
   }
 
   // Uniform in [0, bound); bound > 0.
-  uint32_t below(uint32_t bound) { return static_cast<uint32_t>((static_cast<uint64_t>(bound) * (next() >> 32)) >> 32); }
+  uint32_t below(uint32_t bound) {
+    return static_cast<uint32_t>((static_cast<uint64_t>(bound) * (next() >> 32)) >> 32);
+  }
   bool percent(uint32_t chance) { return below(100) < chance; }
   bool one_in(uint32_t n) { return below(n) == 0; }
 

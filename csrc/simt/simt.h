@@ -1,5 +1,5 @@
-// The SIMT emulator's interface: what the host twins in core/arch.cuh and core/launch.h call, and the controls tests use.
-// One shared library (libtokenweave_emulator) holds its one state; see docs/emulator.md for what it can and cannot
+// The SIMT emulator's interface: what the host twins in core/arch.cuh and core/launch.h call, and the controls tests
+// use. One shared library (libtokenweave_emulator) holds its one state; see docs/emulator.md for what it can and cannot
 // find. It runs one launch (or one group of launches) at a time; a second host thread waits its turn.
 #pragma once
 
@@ -24,7 +24,8 @@ struct Site {
 enum class Order { weak, relaxed, acquire, release, acq_rel };
 enum class Scope { gpu, sys };
 
-// --- what a running thread sees ---------------------------------------------------------------------------------------
+// --- what a running thread sees
+// ---------------------------------------------------------------------------------------
 
 struct Thread {
   Dim3 thread_idx, block_idx, block_dim, grid_dim;
@@ -45,9 +46,10 @@ SIMT_API void* shared_memory(size_t bytes, Site site);
 // Ends the launch with a report that names kernel, block, thread and site. Does not return to the kernel.
 [[noreturn]] SIMT_API void fault(Site site, const char* format, ...) __attribute__((format(printf, 2, 3)));
 
-// --- memory -----------------------------------------------------------------------------------------------------------
-// Addresses outside every registered peer range are plain memory. Inside one, stores may be held back until a release
-// orders them and weak or relaxed loads may be stale until an acquire (docs/emulator.md, "The emulator's memory").
+// --- memory
+// ----------------------------------------------------------------------------------------------------------- Addresses
+// outside every registered peer range are plain memory. Inside one, stores may be held back until a release orders them
+// and weak or relaxed loads may be stale until an acquire (docs/emulator.md, "The emulator's memory").
 
 SIMT_API extern bool peer_memory_registered;  // false: load and store take the inline fast path in arch.cuh
 SIMT_API void load(void* destination, const void* source, size_t bytes, Order order, Scope scope, Site site);
@@ -57,14 +59,16 @@ SIMT_API uint64_t compare_and_swap(void* address, size_t bytes, uint64_t expecte
 SIMT_API uint64_t fetch_add(void* address, size_t bytes, uint64_t value, Order order, Scope scope, Site site);
 SIMT_API void fence(Scope scope, Site site);
 
-// --- time (virtual) ---------------------------------------------------------------------------------------------------
+// --- time (virtual)
+// ---------------------------------------------------------------------------------------------------
 
 SIMT_API uint64_t now_ns();
 SIMT_API void sleep_ns(uint64_t duration_ns, Site site);
 // Parks the thread until poll(argument) is true (true) or virtual time passes deadline_ns (false).
 SIMT_API bool wait(bool (*poll)(void*), void* argument, uint64_t deadline_ns, Site site);
 
-// --- host side --------------------------------------------------------------------------------------------------------
+// --- host side
+// --------------------------------------------------------------------------------------------------------
 
 struct Launch {
   const char* kernel = "";
@@ -87,8 +91,8 @@ SIMT_API void unregister_peer_memory(const void* begin);
 
 struct Options {
   uint64_t seed = 0;
-  uint32_t resident_blocks = 4;         // of a normal launch, interleaved; a cooperative launch holds them all
-  uint32_t hold_back_percent = 75;      // chance that a peer store is held back, and that a weak load is stale
+  uint32_t resident_blocks = 4;     // of a normal launch, interleaved; a cooperative launch holds them all
+  uint32_t hold_back_percent = 75;  // chance that a peer store is held back, and that a weak load is stale
   uint64_t switches_without_progress = 2'000'000;  // then: "spins outside wait_until"
 };
 SIMT_API void set_options(const Options& options);

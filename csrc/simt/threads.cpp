@@ -139,8 +139,8 @@ void sync_block(Site site) {
     block.first_in_barrier = &me;
   } else if (const Site first = block.first_in_barrier->site;
              first.line != site.line || (first.file != site.file && std::strcmp(first.file, site.file) != 0)) {
-    fault(site, "divergent barrier: thread %u of this block waits at another one, %s:%d", block.first_in_barrier->linear,
-          short_path(first.file), first.line);
+    fault(site, "divergent barrier: thread %u of this block waits at another one, %s:%d",
+          block.first_in_barrier->linear, short_path(first.file), first.line);
   }
   me.site = site;
   ++block.num_in_barrier;
@@ -154,7 +154,8 @@ void sync_block(Site site) {
 void Machine::check_barrier(Block& block) {
   if (block.num_in_barrier == 0 || block.num_in_barrier < block.num_alive) return;
   if (block.first_exited != nullptr) {
-    fault(block.first_in_barrier->site, "barrier: thread %u has exited while %u threads of the block wait, thread %u first",
+    fault(block.first_in_barrier->site,
+          "barrier: thread %u has exited while %u threads of the block wait, thread %u first",
           block.first_exited->linear, block.num_in_barrier, block.first_in_barrier->linear);
   }
   if (block.view != nullptr) {

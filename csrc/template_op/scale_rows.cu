@@ -1,6 +1,5 @@
-#include "template_op/scale_rows.cuh"
-
 #include "core/launch.h"
+#include "template_op/scale_rows.cuh"
 
 namespace tokenweave::inline TOKENWEAVE_BACKEND {
 
@@ -14,8 +13,7 @@ ScaleRowsPlan plan_scale_rows(int64_t num_rows, int64_t hidden) {
 Status scale_rows(const ScaleRowsParams& params, const ExecutionContext& context) {
   const ScaleRowsPlan plan = plan_scale_rows(params.num_rows, params.hidden);
   const LaunchConfig config{.kernel = "scale_rows", .grid = plan.grid, .block_x = plan.block_x};
-  return with_dtype(params.dtype,
-                    [&]<class T>() { return launch(config, context, scale_rows_kernel<T>, params); });
+  return with_dtype(params.dtype, [&]<class T>() { return launch(config, context, scale_rows_kernel<T>, params); });
 }
 
 }  // namespace tokenweave::inline TOKENWEAVE_BACKEND

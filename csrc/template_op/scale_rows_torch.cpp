@@ -1,6 +1,5 @@
 // scale_rows: argument checks, allocation, one call of the contract.
 #include "template_op/scale_rows.h"
-
 #include "torch/check.h"
 #include "torch/registry.h"
 #include "torch/rows.h"

@@ -1,4 +1,5 @@
-// Does nothing with the arguments of add_rms_norm_: the floor that an op call's cost is compared with (bench, "overhead").
+// Does nothing with the arguments of add_rms_norm_: the floor that an op call's cost is compared with (bench,
+// "overhead").
 #include "torch/registry.h"
 
 namespace tokenweave::inline TOKENWEAVE_BACKEND {

@@ -15,7 +15,8 @@ Registration* Registration::first = nullptr;
 TOKENWEAVE_EXPORT const char* tokenweave_schemas() {
   static const std::string text = [] {
     std::string lines;
-    for (auto* op = tokenweave::Registration::first; op != nullptr; op = op->next) lines += std::string(op->schema) + "\n";
+    for (auto* op = tokenweave::Registration::first; op != nullptr; op = op->next)
+      lines += std::string(op->schema) + "\n";
     return lines;
   }();
   return text.c_str();

@@ -1,6 +1,7 @@
-// How an op's glue announces its implementation: TOKENWEAVE_OP(schema, function). The schema text is the one of the Python
-// side, letter for letter; the compiler checks it against the function's C++ type here, and _library.py checks it against
-// its own text before anything is registered, because a disagreement would be a crash at the first call and not an error.
+// How an op's glue announces its implementation: TOKENWEAVE_OP(schema, function). The schema text is the one of the
+// Python side, letter for letter; the compiler checks it against the function's C++ type here, and _library.py checks
+// it against its own text before anything is registered, because a disagreement would be a crash at the first call and
+// not an error.
 #pragma once
 
 #include <optional>
@@ -100,8 +101,8 @@ constexpr bool matches(std::string_view schema, Return (*)(Parameters...)) {
 
 }  // namespace schema_check
 
-#define TOKENWEAVE_OP(schema, function)                                                          \
-  static_assert(::tokenweave::schema_check::matches(schema, &function),                          \
+#define TOKENWEAVE_OP(schema, function)                                                             \
+  static_assert(::tokenweave::schema_check::matches(schema, &function),                             \
                 "the schema does not describe this function's parameters and returns: " #function); \
   static const ::tokenweave::Registration registration_of_##function(schema, TORCH_BOX(&function))
 

@@ -1,5 +1,5 @@
-// Tensors seen as rows: [..., hidden] with a contiguous last dimension and leading dimensions that fold into at most two
-// strides (a matrix, a slice of one, or per-head slices of a packed qkv). Checked here, used through core/rows.h.
+// Tensors seen as rows: [..., hidden] with a contiguous last dimension and leading dimensions that fold into at most
+// two strides (a matrix, a slice of one, or per-head slices of a packed qkv). Checked here, used through core/rows.h.
 #pragma once
 
 #include "core/rows.h"
@@ -55,8 +55,8 @@ inline void check_rows_disjoint(const char* op, const TensorInfo& t, const RowLa
   if (!low_ok || !high_ok) fail(op, t, "have rows that do not overlap", "strides " + join(t.strides, t.dim));
 }
 
-// Two tensors of one shape, at least one of them written: their elements must not overlap. Exact for equal single-stride
-// layouts (so two halves of one wider buffer pass), by address range otherwise.
+// Two tensors of one shape, at least one of them written: their elements must not overlap. Exact for equal
+// single-stride layouts (so two halves of one wider buffer pass), by address range otherwise.
 inline void check_no_overlap(const char* op, const TensorInfo& t, const RowLayout& layout, const TensorInfo& other,
                              const RowLayout& other_layout, int64_t element_bytes) {
   const int64_t rows = count_rows(t), hidden = t.size(-1);

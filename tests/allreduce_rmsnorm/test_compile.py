@@ -63,7 +63,9 @@ def test_compile_fullgraph_equals_eager(backend, dynamic):
     torch._dynamo.reset()
     with backend.use(family):
         expected = block(*inputs)
-        compiled = torch.compile(block, fullgraph=True, dynamic=dynamic, backend="inductor" if backend.name != "simt" else "aot_eager")
+        compiled = torch.compile(
+            block, fullgraph=True, dynamic=dynamic, backend="inductor" if backend.name != "simt" else "aot_eager"
+        )
         # Inductor may contract the surrounding multiply-adds; the op itself is called, not re-derived.
         torch.testing.assert_close(compiled(*inputs), expected, rtol=1e-6, atol=1e-6)
 

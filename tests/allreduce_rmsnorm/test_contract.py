@@ -113,7 +113,9 @@ def test_every_instruction_set_gives_the_same_bits():
     digests = {}
     for isa in ("baseline", "avx2", "avx512"):
         environment = {**os.environ, "TOKENWEAVE_CPU_ISA": isa}
-        done = subprocess.run([sys.executable, "-c", ISA_SCRIPT], env=environment, capture_output=True, text=True, check=True)
+        done = subprocess.run(
+            [sys.executable, "-c", ISA_SCRIPT], env=environment, capture_output=True, text=True, check=True
+        )
         digests[isa] = done.stdout.strip()
     assert len(digests["baseline"]) == len(hashlib.sha256().hexdigest())
     assert len(set(digests.values())) == 1, digests
@@ -229,11 +231,12 @@ def test_no_grad_mode_accepts_parameters(backend):
         run_add(backend, *(tensor.clone() for tensor in (x, residual)), weight)
 
 
-def plan(num_rows, hidden, dtype="bf16", aligned=True):
-    return testing.host().plan_rms_norm(num_rows, hidden, dtype, aligned)
+@pytest.fixture
+def plan(host):
+    return lambda num_rows, hidden, dtype="bf16", aligned=True: host.plan_rms_norm(num_rows, hidden, dtype, aligned)
 
 
-def test_plan_covers_every_row_and_pack():
+def test_plan_covers_every_row_and_pack(plan):
     for dtype, per_pack in (("bf16", 8), ("fp16", 8), ("fp32", 4)):
         for hidden in (*range(1, 1100, 7), 4096, 5120, 8192, 16384, 28672, 32768, 65535, 65536):
             for rows in (1, 3, 4, 5, 1000):
@@ -247,7 +250,7 @@ def test_plan_covers_every_row_and_pack():
                     assert p.block_x <= (512 if p.packs_per_thread <= 2 else 1024), "the kernel's launch bounds"
 
 
-def test_plan_uses_registers_where_the_row_allows():
+def test_plan_uses_registers_where_the_row_allows(plan):
     assert plan(1, 4096).packs_per_thread == 1 and plan(1, 4096).block_x == 512
     assert plan(1, 8192).packs_per_thread == 2 and plan(1, 65536).packs_per_thread == 8
     assert plan(1, 4096, aligned=False).packs_per_thread == 0
@@ -255,7 +258,7 @@ def test_plan_uses_registers_where_the_row_allows():
     assert plan(1, 65536, "fp32").packs_per_thread == 0, "256 KiB do not fit a block's registers"
 
 
-def test_plan_beyond_32_bits_without_allocating():
+def test_plan_beyond_32_bits_without_allocating(plan):
     p = plan(2**40, 4096)
     assert p.grid == 2**31 - 1, "the grid stops at the hardware's limit; blocks stride over the rest"
     assert plan(2**31 + 5, 4096).grid == 2**31 - 1

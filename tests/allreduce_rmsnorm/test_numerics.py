@@ -42,7 +42,7 @@ def make_inputs(backend, num_tokens, hidden, dtype, scale=1.0):
 
 
 def assert_within_ulps(actual, exact, ulps):
-    """Element by element: |actual - exact| is at most ``ulps`` units in the last place of exact (and of normal numbers)."""
+    """Element by element: |actual - exact| is at most ``ulps`` units in the last place of exact."""
     info = torch.finfo(actual.dtype)
     spacing = exact.abs().clamp(min=info.tiny).log2().floor().exp2() * info.eps
     distance = (actual.double() - exact).abs() / spacing
@@ -145,7 +145,7 @@ def test_subnormal_inputs_are_kept(backend):
 @settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(seed=st.integers(0, 2**31), exponent=st.integers(-8, 8), dtype=st.sampled_from(DTYPES))
 def test_laws(backend, hidden, seed, exponent, dtype):
-    """Exact laws: scaling x by a power of two changes nothing (eps = 0), negating x negates y, and y scales with weight."""
+    """Exact laws: x * 2^k gives the same y (eps = 0), negating x negates y, and y scales with weight."""
     x = backend.tensor(3, hidden, dtype=dtype, seed=seed)
     weight = backend.tensor(hidden, dtype=dtype, seed=seed + 1)
     with backend.use(family):
@@ -154,11 +154,11 @@ def test_laws(backend, hidden, seed, exponent, dtype):
         if torch.equal(scaled * 2.0**-exponent, x):  # no bit fell off the end of fp16
             assert torch.equal(family.rms_norm(scaled, weight, 0.0), y)
         assert torch.equal(family.rms_norm(-x, weight, 0.0), -y)
-        normal = y.abs() >= torch.finfo(dtype).tiny  # a subnormal y was rounded at a fixed spacing, which does not scale
+        normal = y.abs() >= torch.finfo(dtype).tiny  # subnormals have a fixed spacing, which does not scale
         assert torch.equal(family.rms_norm(x, weight * 2.0, 0.0)[normal], (y * 2.0)[normal])
 
 
-# ------------------------------------------------------------------------------------------------------------- gradients
+# ------------------------------------------------------------------------------------------------------------ gradients
 
 
 def gradients(function, inputs, grad_outputs):
@@ -175,12 +175,14 @@ def test_add_rms_norm_train_gradients(backend, shape, dtype):
     grad_outputs = (backend.tensor(*shape, dtype=dtype, seed=4), backend.tensor(*shape, dtype=dtype, seed=5))
 
     def run(function, inputs, grads):
-        return gradients(lambda x, residual, weight: function(x, residual, weight, 1e-5, weight_bias=1.0), inputs, grads)
+        return gradients(
+            lambda x, residual, weight: function(x, residual, weight, 1e-5, weight_bias=1.0), inputs, grads
+        )
 
     with backend.use(family):
         actual = run(family.add_rms_norm_train, inputs, grad_outputs)
     on_cpu = [tensor.cpu() for tensor in (*inputs, *grad_outputs)]
-    # h is rounded in the forward pass; the exact gradient is that of the rounded h, which is what the kernel must return.
+    # h is rounded in the forward pass; the gradient at the rounded h is what the kernel must return.
     h = (on_cpu[0] + on_cpu[1]).double()
     exact = run(reference.add_rms_norm, [h, torch.zeros_like(h), on_cpu[2].double()], [g.double() for g in on_cpu[3:]])
     eager = run(reference.add_rms_norm, on_cpu[:3], on_cpu[3:])

@@ -55,22 +55,22 @@ def doubling_case(clock, *, rows=1024, hidden=64, costs=None, wrong=(), raises=(
             name, f"the {name} way", lambda buffers: partial(call, buffers["x"], buffers["out"]), {"y": "out"}
         )
 
-    fields = dict(
-        family="fake",
-        op="double",
-        case=f"{rows}x{hidden}",
-        dtype=torch.float32,
-        buffers={
+    fields = {
+        "family": "fake",
+        "op": "double",
+        "case": f"{rows}x{hidden}",
+        "dtype": torch.float32,
+        "buffers": {
             "x": machines.Buffer((rows, hidden), torch.float32, harness.fill_values),
             "out": machines.Buffer((rows, hidden), torch.float32),
         },
-        contestants=[make(name) for name in costs],
-        reference=lambda inputs: {"y": inputs["x"] * 2},
-        tolerance=1e-6,
-        bytes=2 * rows * hidden * 4,
-        flops=rows * hidden,
-        limit=machines.Limit("copy", ("x", "out")),
-    )
+        "contestants": [make(name) for name in costs],
+        "reference": lambda inputs: {"y": inputs["x"] * 2},
+        "tolerance": 1e-6,
+        "bytes": 2 * rows * hidden * 4,
+        "flops": rows * hidden,
+        "limit": machines.Limit("copy", ("x", "out")),
+    }
     return harness.Case(**(fields | changes))
 
 

@@ -1,6 +1,7 @@
 """What a row claims: rotation against the caches, correctness before speed, the limit, and the schema."""
 
 import copy
+import itertools
 import math
 
 import pytest
@@ -36,7 +37,7 @@ def test_sets_have_separate_memory_and_share_scratch(machine, make_case):
     sets = machines.allocate(case.buffers, 3, machine)
     tensors = [one[name] for one in sets for name in ("x", "out")]
     spans = sorted((t.data_ptr(), t.data_ptr() + t.nbytes) for t in tensors)
-    assert all(end <= start for (_, end), (start, _) in zip(spans, spans[1:], strict=False))
+    assert all(end <= start for (_, end), (start, _) in itertools.pairwise(spans))
     assert len({t.untyped_storage().data_ptr() for t in tensors}) == 6
     assert len({one["scratch"].data_ptr() for one in sets}) == 1
 

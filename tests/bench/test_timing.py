@@ -25,7 +25,7 @@ def test_ratios_are_paired_by_round():
     # The machine slows down fourfold half way; unpaired medians would give another ratio.
     ours, limit = [2, 2, 2, 8, 8], [1, 1, 1, 4, 4]
     assert timing.median_ratio(limit, ours) == pytest.approx(0.5)
-    with pytest.raises(ValueError):
+    with pytest.raises(ValueError, match="argument 2 is shorter"):
         timing.median_ratio([1, 2], [1])
 
 

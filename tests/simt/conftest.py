@@ -18,7 +18,7 @@ TWIN_SEEDS = 200
 
 @pytest.fixture(scope="session")
 def kernels():
-    """The compiled test kernels: ``kernels.barriers``, ``kernels.signals``, ``kernels.vocabulary``, ``kernels.simt``."""
+    """The compiled test kernels, by the file they stand in: ``kernels.barriers``, ``kernels.signals``, ..."""
     return testing.host()
 
 

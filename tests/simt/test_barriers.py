@@ -32,10 +32,14 @@ def test_removed_barrier_shows_within_one_warp(kernels, seeds):
     [
         (
             1,
-            r"^kernel 'barrier_fault', block [0-2], thread \d+ \(\d+,[01]\): divergent barrier: thread \d+ of this block "
-            r"waits at another one, simt/kernels/barriers\.cuh:\d+ \[simt/kernels/barriers\.cuh:\d+\]$",
+            r"^kernel 'barrier_fault', block [0-2], thread \d+ \(\d+,[01]\): divergent barrier: thread \d+ of this "
+            r"block waits at another one, simt/kernels/barriers\.cuh:\d+ \[simt/kernels/barriers\.cuh:\d+\]$",
         ),
-        (2, r"^kernel 'barrier_fault', block [0-2], thread \d+ .*thread 7 has exited while 63 threads of the block wait"),
+        (
+            2,
+            r"^kernel 'barrier_fault', block [0-2], thread \d+ .*: barrier: thread 7 has exited while 63 threads of "
+            r"the block wait",
+        ),
     ],
     ids=["divergent", "exited"],
 )
@@ -53,7 +57,9 @@ def test_correct_barrier_is_quiet(kernels, seeds):
 
 @pytest.mark.parametrize("fault, index", [(1, 1024), (2, -1)])
 def test_index_outside_a_shared_array(kernels, simt, fault, index):
-    message = rf"block 0, thread 5: index {index} is outside a shared array of 1024 elements \[.*kernels/barriers\.cuh:\d+\]"
+    message = (
+        rf"block 0, thread 5: index {index} is outside a shared array of 1024 elements \[.*kernels/barriers\.cuh:\d+\]"
+    )
     with pytest.raises(simt.Fault, match=message):
         kernels.barriers.shared_fault(fault, 0)
 
@@ -115,7 +121,9 @@ def test_stack_overflow_is_named(kernels, simt):
 
 
 def test_uncaught_exception_is_a_report(kernels, simt):
-    with pytest.raises(simt.Fault, match="kernel 'throws', block 0, thread 11: uncaught C.. exception: thrown by a kernel"):
+    with pytest.raises(
+        simt.Fault, match="kernel 'throws', block 0, thread 11: uncaught C.. exception: thrown by a kernel"
+    ):
         kernels.barriers.throws()
 
 

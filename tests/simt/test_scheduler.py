@@ -1,9 +1,16 @@
 """The scheduler itself: seeds, many threads and blocks, host threads."""
 
+import os
+import shutil
+import subprocess
+import sys
 import threading
+from pathlib import Path
 
 import numpy as np
 import pytest
+
+import tokenweave_ops
 
 
 def record_schedule(kernels, grid=6, block=64, steps=3):
@@ -134,9 +141,15 @@ def test_block_of_more_than_1024_threads(kernels, simt):
         kernels.barriers.warp_fault(np.zeros(1025, np.uint32), 1025, 0)
 
 
-def test_a_test_that_launches_nothing_fails(request, simt, kernels):
-    """The fixture that watches the switch counter is on for every test here, whatever the test asks for."""
-    assert "ran_emulated" in request.fixturenames
-    before = simt.counters()["switches"]
-    kernels.barriers.barrier_fault(0)
-    assert simt.counters()["switches"] > before
+@pytest.mark.no_launch
+def test_a_test_that_launches_nothing_fails(tmp_path):
+    """The fixture that watches the switch counter cannot be forgotten: it applies to every test beside conftest.py."""
+    here = Path(__file__).parent
+    shutil.copy(here / "conftest.py", tmp_path)
+    (tmp_path / "test_nothing.py").write_text("def test_nothing():\n    pass\n")
+    paths = [Path(tokenweave_ops.__file__).parents[1], os.environ.get("PYTHONPATH", "")]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(map(str, paths))}
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(tmp_path)]
+    result = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=tmp_path)
+    assert result.returncode == 1, result.stdout + result.stderr
+    assert "this test never entered the emulator" in result.stdout

@@ -143,25 +143,27 @@ def test_launches_of_a_rank_run_in_order(kernels, simt, group, seeds):
     seeds.never(check, 20)
 
 
-def test_fault_ends_the_group_and_names_the_rank(kernels, simt, group):
-    with pytest.raises(simt.Fault, match="kernel 'barrier_fault', rank 3, block"), group():
-        simt.set_rank(1)
-        kernels.barriers.barrier_fault(0)
-        simt.set_rank(3)
-        kernels.barriers.barrier_fault(1)
+def test_fault_ends_the_group_and_names_the_rank(kernels, simt):
+    simt.begin_group()
+    simt.set_rank(1)
+    kernels.barriers.barrier_fault(0)
+    simt.set_rank(3)
+    kernels.barriers.barrier_fault(1)
+    with pytest.raises(simt.Fault, match="kernel 'barrier_fault', rank 3, block"):
+        simt.run_group()
     kernels.barriers.barrier_fault(0)
 
 
-def test_missing_rank_is_a_hang(kernels, simt, group):
+def test_missing_rank_is_a_hang(kernels, simt):
     data, flag, out = np.zeros((64, 4), np.uint32), np.zeros(4, np.uint32), np.zeros(64, np.uint32)
-    with (
-        pytest.raises(simt.Fault, match=r"hang.*1 thread of rank 1 in wait_until .*63 threads of rank 1 at a block barrier"),
-        group(),
-    ):
-        simt.set_rank(0)
-        kernels.barriers.barrier_fault(0)
-        simt.set_rank(1)
-        kernels.signals.consume(data, flag, out, 5, Consume.acquire_sys, 64)
+    simt.begin_group()
+    simt.set_rank(0)
+    kernels.barriers.barrier_fault(0)
+    simt.set_rank(1)
+    kernels.signals.consume(data, flag, out, 5, Consume.acquire_sys, 64)
+    message = "hang.*1 thread of rank 1 in wait_until .*63 threads of rank 1 at a block barrier"
+    with pytest.raises(simt.Fault, match=message):
+        simt.run_group()
 
 
 GridBarrier = IntEnum("GridBarrier", "none relaxed ordered", start=0)
@@ -196,7 +198,9 @@ def test_grid_barrier_without_a_cooperative_launch_hangs(grid_barrier, simt):
 
 def test_cooperative_launch_that_cannot_be_resident(grid_barrier, simt):
     assert grid_barrier(2, 32, 1, GridBarrier.ordered)
-    with pytest.raises(simt.Fault, match="1048576 threads must be resident at once, the emulator has stacks for [0-9]+"):
+    with pytest.raises(
+        simt.Fault, match="1048576 threads must be resident at once, the emulator has stacks for [0-9]+"
+    ):
         grid_barrier(1024, 1024, 1, GridBarrier.ordered)
 
 
@@ -230,7 +234,9 @@ def test_wait_without_deadline_is_a_hang(wait_in_vain, simt):
 @pytest.mark.parametrize("how", [Wait.spin_load, Wait.spin_cas, Wait.spin_sleep, Wait.spin_deadlines], ids=case_name)
 def test_spinning_outside_wait_until(wait_in_vain, simt, how):
     simt.set_options(switches_without_progress=20_000)
-    message = r"kernel 'wait_in_vain', block [01], thread \d+: spins outside wait_until: .*\[simt/kernels/signals\.cuh:\d+\]"
+    message = (
+        r"kernel 'wait_in_vain', block [01], thread \d+: spins outside wait_until: .*\[simt/kernels/signals\.cuh:\d+\]"
+    )
     with pytest.raises(simt.Fault, match=message):
         wait_in_vain(how)
 

@@ -37,7 +37,9 @@ def test_warp_sum(kernels):
     assert np.abs(out - exact).max() <= 5 * FLOAT32_EPS * np.abs(data).sum(-1).max()
 
 
-@pytest.mark.parametrize("block", [(32, 1), (64, 1), (96, 1), (512, 1), (1024, 1), (32, 2), (64, 16), (128, 3)], ids=str)
+@pytest.mark.parametrize(
+    "block", [(32, 1), (64, 1), (96, 1), (512, 1), (1024, 1), (32, 2), (64, 16), (128, 3)], ids=str
+)
 def test_block_sum(kernels, simt, block):
     threads = block[0] * block[1]
     data = np.random.default_rng(threads).standard_normal((3, threads)).astype(np.float32)
@@ -146,7 +148,9 @@ def test_float_to_16_bit_rounds_to_nearest_even(kernels, dtype):
     nan = torch.from_numpy(np.isnan(values))
     assert torch.equal(actual.isnan(), nan)
     different = (actual.view(torch.int16) != expected.view(torch.int16)) & ~nan
-    assert not different.any(), f"{values[different.numpy()][:5]} -> {actual[different][:5]}, not {expected[different][:5]}"
+    assert not different.any(), (
+        f"{values[different.numpy()][:5]} -> {actual[different][:5]}, not {expected[different][:5]}"
+    )
 
 
 def test_arithmetic_is_correctly_rounded(kernels):
@@ -252,9 +256,7 @@ def test_scoped_memory_operations(kernels, simt, peer_memory, dtype, peer, sys_s
                 model[word] = (old + x) & int(top)
             expected.append(0 if name.startswith("store") else old)
         with peer_memory(*([memory] if peer else [])):
-            kernels.vocabulary.memory_ops(
-                memory.itemsize, memory, ops, which, a, b, results, steps, sys_scope
-            )
+            kernels.vocabulary.memory_ops(memory.itemsize, memory, ops, which, a, b, results, steps, sys_scope)
         assert results.tolist() == expected
         assert memory.tolist() == model
         assert set(ops) == set(MemoryOp)

@@ -17,5 +17,7 @@ def test_compile_fullgraph_equals_eager(backend):
     torch._dynamo.reset()
     with backend.use(family):
         expected = family.scale_rows(x * 2, scale).relu()
-        compiled = torch.compile(lambda x, scale: family.scale_rows(x * 2, scale).relu(), fullgraph=True, backend="aot_eager")
+        compiled = torch.compile(
+            lambda x, scale: family.scale_rows(x * 2, scale).relu(), fullgraph=True, backend="aot_eager"
+        )
         assert torch.equal(compiled(x, scale), expected)

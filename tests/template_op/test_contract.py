@@ -6,7 +6,6 @@ import pytest
 import torch
 
 from tokenweave_ops import template_op as family
-from tokenweave_ops import testing
 
 
 def test_same_bits_every_run(backend):
@@ -31,8 +30,8 @@ def test_no_rows(backend):
     assert y.shape == (0, 8)
 
 
-def test_plan_beyond_32_bits():
-    plan = testing.host().plan_scale_rows
+def test_plan_beyond_32_bits(host):
+    plan = host.plan_scale_rows
     assert plan(2**40, 4096).grid == 2**31 - 1
     assert plan(3, 40).block_x == 64 and plan(3, 4096).block_x == 256 and plan(3, 40).grid == 3
 

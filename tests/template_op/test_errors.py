@@ -18,7 +18,10 @@ pytestmark = pytest.mark.no_launch
         (lambda x, s: (x.int(), s), "scale_rows: x must be bf16, fp16 or fp32, got int32 (dtype int32"),
         (lambda x, s: (x, s[:3]), "scale_rows: scale must have shape [num_rows]=[4], got [3] (dtype fp32"),
         (lambda x, s: (x, s.half()), "scale_rows: scale must be fp32, got fp16 (dtype fp16"),
-        (lambda x, s: (x.t(), s), "scale_rows: x must have a contiguous last dimension, got strides [1, 16] (dtype bf16"),
+        (
+            lambda x, s: (x.t(), s),
+            "scale_rows: x must have a contiguous last dimension, got strides [1, 16] (dtype bf16",
+        ),
         (lambda x, s: (x, s.requires_grad_()), "scale_rows: an input requires grad"),
     ],
 )

@@ -32,9 +32,8 @@ HOST_BINDINGS(module) {
     run_kernel({"reverse", grid, block, 1, sizeof(ReverseShared)}, &reverse, data_of<float>(in), data_of<float>(out),
                rounds, static_cast<Barriers>(barriers));
   });
-  m.def("barrier_fault", [](int fault) {
-    run_kernel({"barrier_fault", 3, 32, 2}, &barrier_fault, static_cast<BarrierFault>(fault));
-  });
+  m.def("barrier_fault",
+        [](int fault) { run_kernel({"barrier_fault", 3, 32, 2}, &barrier_fault, static_cast<BarrierFault>(fault)); });
   m.def("shared_fault", [](int fault, int missing_bytes) {
     const auto bytes = static_cast<int64_t>(sizeof(ReverseShared)) - missing_bytes;
     run_kernel({"shared_fault", 1, 64, 1, bytes}, &shared_fault, static_cast<SharedFault>(fault));
@@ -42,9 +41,8 @@ HOST_BINDINGS(module) {
   m.def("warp_fault", [](py::object out, int block, int fault) {
     run_kernel({"warp_fault", 1, block}, &warp_fault, data_of<uint32_t>(out), static_cast<WarpFault>(fault));
   });
-  m.def("deep_stack", [](py::object out, int depth) {
-    run_kernel({"deep_stack", 1, 32}, &deep_stack, data_of<float>(out), depth);
-  });
+  m.def("deep_stack",
+        [](py::object out, int depth) { run_kernel({"deep_stack", 1, 32}, &deep_stack, data_of<float>(out), depth); });
   m.def("throws", [] { run_kernel({"throws", 1, 64}, &throws); });
 }
 

@@ -67,7 +67,8 @@ TW_KERNEL void warp_fault(uint32_t* out, WarpFault fault) {
   const uint32_t lane = static_cast<uint32_t>(arch::lane_index());
   uint32_t mask = arch::kFullWarp;
   uint32_t value = lane;
-  if (fault == WarpFault::halves || fault == WarpFault::source_not_in_mask) mask = lane < 16 ? 0x0000ffffu : 0xffff0000u;
+  if (fault == WarpFault::halves || fault == WarpFault::source_not_in_mask)
+    mask = lane < 16 ? 0x0000ffffu : 0xffff0000u;
   if (fault == WarpFault::lane_not_in_own_mask && lane == 3) mask = ~(1u << 3);
   if (fault == WarpFault::masks_disagree && lane >= 30) mask = 0xc0000001u;
   if (fault == WarpFault::lane_exited && lane == 9) return;

@@ -44,8 +44,8 @@ HOST_BINDINGS(module) {
                data_of<uint32_t>(result), static_cast<Wait>(how));
   });
   m.def("record_schedule", [](py::object counter, py::object order, int grid, int block, int steps) {
-    run_kernel({"record_schedule", grid, block}, &record_schedule, data_of<uint32_t>(counter),
-               data_of<uint32_t>(order), steps);
+    run_kernel({"record_schedule", grid, block}, &record_schedule, data_of<uint32_t>(counter), data_of<uint32_t>(order),
+               steps);
   });
   m.def("read_own_writes", [](py::object memory, py::object errors, int block, int rounds) {
     run_kernel({"read_own_writes", 1, block}, &read_own_writes, reinterpret_cast<Vec16*>(data_of<uint32_t>(memory)),

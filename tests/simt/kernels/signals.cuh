@@ -17,7 +17,7 @@ enum class Publish : int32_t {
   add_release,
   add_relaxed,  // wrong
   cas_release,
-  cas_relaxed,  // wrong
+  cas_relaxed,              // wrong
   release_without_barrier,  // wrong: the other threads' data is not ordered before it
   release_after_sync_warp,  // for one warp
 };
@@ -87,8 +87,8 @@ struct Peers {
   uint32_t* pad[kMaxRanks];     // [blocks][ranks] flags
 };
 
-// Every rank sends a number to every rank, block by block, signals, waits and sums: the shape of an all-reduce. One rank
-// may be late by virtual time. False in `ok`: a deadline passed.
+// Every rank sends a number to every rank, block by block, signals, waits and sums: the shape of an all-reduce. One
+// rank may be late by virtual time. False in `ok`: a deadline passed.
 TW_KERNEL void all_to_all(Peers peers, uint32_t* out, uint32_t* ok, int32_t rank, int32_t num_ranks, uint32_t late_ns,
                           bool release, bool acquire) {
   const int i = arch::thread_index();
@@ -116,7 +116,8 @@ TW_KERNEL void all_to_all(Peers peers, uint32_t* out, uint32_t* ok, int32_t rank
   }
   arch::sync_block();
   uint32_t sum = 0;
-  for (int peer = 0; peer < num_ranks; ++peer) sum += arch::load_relaxed<Scope::sys>(peers.buffer[rank] + peer * n + element);
+  for (int peer = 0; peer < num_ranks; ++peer)
+    sum += arch::load_relaxed<Scope::sys>(peers.buffer[rank] + peer * n + element);
   out[element] = sum;
 }
 
@@ -146,7 +147,15 @@ TW_KERNEL void grid_barrier(uint32_t* cells, uint32_t* counter, uint32_t* out, i
   if (arch::thread_index() == 0) out[block] = sum;
 }
 
-enum class Wait : int32_t { with_deadline, without_deadline, spin_load, spin_cas, spin_sleep, spin_deadlines, poll_meets };
+enum class Wait : int32_t {
+  with_deadline,
+  without_deadline,
+  spin_load,
+  spin_cas,
+  spin_sleep,
+  spin_deadlines,
+  poll_meets
+};
 
 // Waits in several ways for a flag that nobody raises.
 TW_KERNEL void wait_in_vain(uint32_t* flag, uint64_t* elapsed_ns, uint32_t* result, Wait how) {
@@ -194,11 +203,13 @@ TW_KERNEL void read_own_writes(Vec16* memory, uint32_t* errors, int32_t rounds) 
   for (uint32_t round = 1; round <= static_cast<uint32_t>(rounds); ++round) {
     arch::store_streaming(mine, Vec16{{round, round, round, round}});
     arch::store_relaxed<Scope::sys>(words + 1, round + 100);
-    arch::store_relaxed<Scope::gpu>(reinterpret_cast<uint64_t*>(words + 2), uint64_t{round + 300} << 32 | (round + 200));
+    arch::store_relaxed<Scope::gpu>(reinterpret_cast<uint64_t*>(words + 2),
+                                    uint64_t{round + 300} << 32 | (round + 200));
     const Vec16 whole = arch::load_streaming(mine);
     wrong += whole.words[0] != round || whole.words[1] != round + 100;
     wrong += whole.words[2] != round + 200 || whole.words[3] != round + 300;
-    wrong += arch::load_relaxed<Scope::gpu>(reinterpret_cast<uint64_t*>(words)) != (uint64_t{round + 100} << 32 | round);
+    wrong +=
+        arch::load_relaxed<Scope::gpu>(reinterpret_cast<uint64_t*>(words)) != (uint64_t{round + 100} << 32 | round);
     wrong += arch::add_relaxed<Scope::gpu>(words + 3, 7u) != round + 300;
     wrong += arch::load_relaxed<Scope::sys>(words + 3) != round + 307;
   }

@@ -27,8 +27,9 @@ HOST_BINDINGS(module) {
     });
   });
   m.def("philox", [](py::object counters, py::object keys, py::object out, py::object uniforms, int64_t n) {
-    run_kernel({"philox", blocks_for(n, 32), 32}, &philox, reinterpret_cast<const PhiloxBlock*>(data_of<uint32_t>(counters)),
-               data_of<uint32_t>(keys), reinterpret_cast<PhiloxBlock*>(data_of<uint32_t>(out)), data_of<float>(uniforms), n);
+    run_kernel({"philox", blocks_for(n, 32), 32}, &philox,
+               reinterpret_cast<const PhiloxBlock*>(data_of<uint32_t>(counters)), data_of<uint32_t>(keys),
+               reinterpret_cast<PhiloxBlock*>(data_of<uint32_t>(out)), data_of<float>(uniforms), n);
   });
   m.def("widen", [](int dtype, py::object in, py::object out, int64_t n) {
     const LaunchConfig config{"widen", blocks_for(n, 256), 256};

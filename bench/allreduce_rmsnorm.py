@@ -232,20 +232,19 @@ def _call_case() -> Case:
     case = _add_norm_case(1, 8, torch.bfloat16, "cpu")
     arguments, outputs = ("x", "residual", "weight"), {"y": "x", "h": "residual"}
 
-    def direct(op):
+    def direct(op, *scalars):
         def bind(buffers):
-            return partial(op, *(buffers[argument] for argument in arguments), EPS, 0.0)
+            return partial(op, *(buffers[argument] for argument in arguments), *scalars)
 
         return bind
 
     op = torch.ops.tokenweave.add_rms_norm_.default
-    python = partial(tokenweave_ops.add_rms_norm_, eps=EPS)
     case.op = "add_rms_norm_ (call)"
     case.contestants = [
-        Contestant("tokenweave", "torch.ops.tokenweave.add_rms_norm_.default(...)", direct(op), outputs),
-        _contestant("wrapper", "tokenweave_ops.add_rms_norm_(...)", python, arguments, outputs),
+        Contestant("tokenweave", "torch.ops.tokenweave.add_rms_norm_.default(...)", direct(op, EPS, 0.0), outputs),
+        Contestant("wrapper", "tokenweave_ops.add_rms_norm_(...)", direct(tokenweave_ops.add_rms_norm_, EPS), outputs),
     ]
     formulation = "torch.ops.tokenweave.noop.default, the schema of add_rms_norm_, does nothing"
     noop = torch.ops.tokenweave.noop.default
-    case.contestants.append(Contestant("noop", formulation, direct(noop), yardstick=True))
+    case.contestants.append(Contestant("noop", formulation, direct(noop, EPS, 0.0), yardstick=True))
     return case

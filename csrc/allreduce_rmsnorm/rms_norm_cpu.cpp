@@ -1,9 +1,9 @@
 // RMSNorm with an optional residual add on a CPU. A row is read from memory once: the second pass finds h in cache.
 // Rows are shared out over the thread pool; within a row 32 lanes add up the squares in an order that depends on
 // nothing but the column, so the result does not depend on threads, instruction set or the rows around it.
-// Limit: memory. Both passes ask for half of the next row (its x in the first, its residual in the second), so that
-// memory is never idle while they work on cached data: 82 % of an in-place read-modify-write became 103 % by that
-// (1024x8192 bf16, cold; 2 threads of a Xeon model 207, 2026-11-22).
+// Limit: memory. Both passes ask for a part of the next row (its x in the first, its residual or its place in y in the
+// second), so that memory is never idle while they work on cached data: 82 % of an in-place read-modify-write became
+// 103 % by that (add, 1024x8192 bf16, cold; 2 threads of a Xeon model 207, 2026-11-22).
 #include "allreduce_rmsnorm/rms_norm.h"
 #include "core/cpu.h"
 
@@ -30,10 +30,10 @@ TW_CPU float sum_of_squares(const T* x, const T* residual, T* h, int64_t hidden,
 // y = round(h * rstd * (weight + weight_bias)).
 template <class T>
 TW_CPU void scale(const T* h, const T* weight, T* y, int64_t hidden, float rstd, float weight_bias,
-                  const T* next_residual) {
+                  const T* wanted_next) {
   const Lanes factor = broadcast(rstd), bias = broadcast(weight_bias);
   for_each_vector(hidden, [&](int64_t i, auto load, auto store) {
-    __builtin_prefetch(next_residual + i, 0, 2);
+    __builtin_prefetch(wanted_next + i, 0, 2);
     store(y, load(h) * factor * (load(weight) + bias));
   });
 }
@@ -41,6 +41,7 @@ TW_CPU void scale(const T* h, const T* weight, T* y, int64_t hidden, float rstd,
 template <class T, bool kHasResidual>
 TW_CPU void normalize_rows(const RmsNormParams& p, int64_t begin, int64_t end) {
   const auto x_row = [&](int64_t row) { return static_cast<const T*>(p.x) + p.x_rows.offset(row); };
+  const auto y_row = [&](int64_t row) { return static_cast<T*>(p.y) + p.y_rows.offset(row); };
   // Without a residual h is x: read only, so that y may be x.
   const auto residual_row = [&](int64_t row) {
     return kHasResidual ? static_cast<const T*>(p.residual) + p.residual_rows.offset(row) : x_row(row);
@@ -51,8 +52,8 @@ TW_CPU void normalize_rows(const RmsNormParams& p, int64_t begin, int64_t end) {
     const int64_t next = row + 1 < end ? row + 1 : row;
     const float sum = sum_of_squares<T, kHasResidual>(x, residual_row(row), h, p.hidden, x_row(next));
     const float rstd = 1.0f / std::sqrt(sum / static_cast<float>(p.hidden) + p.eps);
-    scale(h, static_cast<const T*>(p.weight), static_cast<T*>(p.y) + p.y_rows.offset(row), p.hidden, rstd,
-          p.weight_bias, residual_row(next));
+    scale(h, static_cast<const T*>(p.weight), y_row(row), p.hidden, rstd, p.weight_bias,
+          kHasResidual ? residual_row(next) : y_row(next));
     if (p.rstd != nullptr) p.rstd[row] = rstd;
   }
 }

@@ -1,9 +1,9 @@
 #!/usr/bin/env python3
-"""Results as people read them: a table for the terminal, and the tables of docs/performance.md.
+"""Results as people read them: a table for the terminal, the tables of docs/performance.md, and README's excerpt.
 
-`python bench/report.py` rewrites what stands in docs/performance.md between `<!-- results -->` and
-`<!-- end of results -->` from the files under bench/results; `--check` only says whether the page is up to date. So no
-number on that page is typed by hand.
+`python bench/report.py` rewrites what stands between `<!-- results -->` and `<!-- end of results -->` in
+docs/performance.md and between `<!-- bench:begin -->` and `<!-- bench:end -->` in README.md, from the files under
+bench/results; `--check` only says whether they are up to date. So no number on these pages is typed by hand.
 """
 
 from __future__ import annotations
@@ -22,8 +22,10 @@ if str(ROOT) not in sys.path:
 from bench import environment, harness  # noqa: E402
 
 PAGE = ROOT / "docs" / "performance.md"
+README = ROOT / "README.md"
 RESULTS = ROOT / "bench" / "results"
 BLOCK = re.compile(r"(<!-- results -->\n).*?(<!-- end of results -->)", re.S)
+EXCERPT = re.compile(r"(<!-- bench:begin -->\n).*?(<!-- bench:end -->)", re.S)
 NO_RESULTS = "No results have been committed yet. `python bench/run.py` prints those of your machine."
 
 
@@ -145,19 +147,43 @@ def render(page: str, results: Path = RESULTS) -> str:
     return BLOCK.sub(lambda match: f"{match[1]}\n{body}\n{match[2]}", page)
 
 
+def excerpt(readme: str, results: Path = RESULTS) -> str:
+    """README with its block replaced by each op's largest case, device by device."""
+    sections = []
+    for path in sorted(results.glob("*/*.json")):
+        doc = load(path)
+        largest = [max(rows, key=lambda row: (row["bytes"], row["cache"] == "cold")) for _, rows in by_op(doc)]
+        largest = [row for row in largest if row["pct_of_limit"] is not None]
+        if not largest:
+            continue
+        names = ["eager", "compile"]
+        titles = ["op", *headings([])[:-1], "of limit", *(f"vs {name}" for name in names)]
+        lines = ["| " + " | ".join(titles) + " |", "|" + "---|" * 4 + "---:|" * (len(titles) - 4)]
+        lines += ["| " + " | ".join([f"`{row['op']}`", *cells(row, names)]) + " |" for row in largest]
+        sections.append(f"{environment.device_label(doc['env'])}, {doc['env']['date'][:10]}:\n\n" + "\n".join(lines))
+    body = "\n\n".join(sections or [NO_RESULTS]) + "\n"
+    return EXCERPT.sub(lambda match: f"{match[1]}\n{body}\n{match[2]}", readme)
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--page", type=Path, default=PAGE)
     parser.add_argument("--results", type=Path, default=RESULTS)
     parser.add_argument("--check", action="store_true", help="change nothing; exit 1 if the page is out of date")
     options = parser.parse_args()
-    old = options.page.read_text()
-    new = render(old, options.results)
-    if options.check:
-        print(f"{options.page.name} is {'up to date' if old == new else 'out of date: run python bench/report.py'}")
-        return int(old != new)
-    options.page.write_text(new)
-    return 0
+    pages = [(options.page, render)]
+    if options.page == PAGE:
+        pages.append((README, excerpt))
+    stale = 0
+    for path, update in pages:
+        old = path.read_text()
+        new = update(old, options.results)
+        if options.check:
+            print(f"{path.name} is {'up to date' if old == new else 'out of date: run python bench/report.py'}")
+            stale |= old != new
+        else:
+            path.write_text(new)
+    return int(stale)
 
 
 if __name__ == "__main__":

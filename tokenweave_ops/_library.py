@@ -42,6 +42,28 @@ def _check_torch_version(version: str) -> None:
 _check_torch_version(torch.__version__)
 
 
+_DTYPE_NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32", torch.float64: "fp64"}
+
+
+def _check_devices(name: str, fake: Callable) -> Callable:
+    """The fake kernel with the one check it needs: a meta tensor among real ones would bring the dispatcher here, and
+    the caller would get uninitialised memory for a result."""
+
+    def checked(*arguments):
+        tensors = [(i, tensor) for i, tensor in enumerate(arguments) if isinstance(tensor, torch.Tensor)]
+        first, reference = tensors[0]
+        for i, tensor in tensors[1:]:
+            if tensor.device != reference.device:
+                names = [argument.name for argument in getattr(torch.ops.tokenweave, name).default._schema.arguments]
+                raise RuntimeError(
+                    f"{name}: {names[i]} must be on the device of {names[first]}, {reference.device}, "
+                    f"got {tensor.device} (dtype {_DTYPE_NAMES.get(tensor.dtype, tensor.dtype)}, device {tensor.device})"
+                )
+        return fake(*arguments)
+
+    return checked
+
+
 def define_op(schema: str, fake: Callable, setup_context: Callable | None = None, backward: Callable | None = None):
     """Defines an op in both namespaces: its schema, its fake (shape-only) kernel and, for training ops, its gradient.
 
@@ -52,7 +74,7 @@ def define_op(schema: str, fake: Callable, setup_context: Callable | None = None
     _schemas[name] = schema
     for namespace, library in _libraries.items():
         library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
-        torch.library.register_fake(f"{namespace}::{name}", fake, lib=library)
+        torch.library.register_fake(f"{namespace}::{name}", _check_devices(name, fake), lib=library)
         if backward is not None:
             ops = getattr(torch.ops, namespace)
             torch.library.register_autograd(

@@ -163,6 +163,16 @@ def test_training_forms_check_the_same(backend, case):
             family.rms_norm_train(*(inputs(backend)[i] for i in (0, 2)), eps=-1.0)
 
 
+def test_a_meta_tensor_among_real_ones(backend):
+    x, residual, weight = inputs(backend)
+    with backend.use(family):
+        with pytest.raises(RuntimeError, match=r"add_rms_norm_: weight must be on the device of x, \w+(:0)?, got meta"):
+            family.add_rms_norm_(x, residual, weight.to("meta"))
+        with pytest.raises(RuntimeError, match=r"rms_norm: weight must be on the device of x, meta, got "):
+            family.rms_norm(x.to("meta"), weight)
+        assert family.rms_norm(x.to("meta"), weight.to("meta")).device.type == "meta"
+
+
 def test_other_device(cuda):
     x, residual, weight = inputs(cuda)
     with pytest.raises(RuntimeError, match="weight must be on the device of x, cuda:0, got cpu"):

@@ -71,6 +71,17 @@ def test_code_for_an_instruction_set_shares_no_function_with_other_code(cmake_di
         pytest.skip("this machine's CPU kernels have one instruction set")
 
 
+@pytest.mark.parametrize(("isa", "register"), [("isa_avx2", "ymm"), ("isa_avx512", "zmm")])
+def test_code_for_an_instruction_set_uses_its_registers(cmake_directory, isa, register):
+    """Without its compiler flag an object would still pass every other test, several times slower."""
+    objects = list((cmake_directory / "CMakeFiles" / f"{isa}.dir").rglob("*.o"))
+    if not objects or shutil.which("objdump") is None:
+        pytest.skip("this machine's CPU kernels have one instruction set, or objdump (binutils) is not installed")
+    for path in objects:
+        code = subprocess.run(["objdump", "-d", str(path)], capture_output=True, text=True, check=True).stdout
+        assert code.count(f"%{register}") > 100, f"{path.name} of {isa} hardly uses {register} registers"
+
+
 def test_no_library_names_a_directory_of_this_machine(library, cmake_directory):
     """Line tables of a test build's GPU code are exempt: compute-sanitizer needs the paths."""
     source = re.search(r"CMAKE_HOME_DIRECTORY:INTERNAL=(.+)", (cmake_directory / "CMakeCache.txt").read_text())[1]

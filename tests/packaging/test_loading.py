@@ -79,3 +79,22 @@ def test_cuda_kernels_under_a_torch_without_cuda_are_a_sentence(run_python, tmp_
     (tmp_path / "libtokenweave_cuda.so").write_text("never opened")
     code = "from tokenweave_ops import _library; print(_library.status()['cuda'])"
     assert "needs a CUDA build of torch" in run_python(code, TOKENWEAVE_LIBRARY_DIR=str(tmp_path)).stdout
+
+
+def test_a_torch_that_is_too_old_is_one_sentence():
+    with pytest.raises(ImportError, match=r"tokenweave_ops needs torch >= 2\.11, but torch is 2\.10\.1\+cpu\."):
+        _library._check_torch_version("2.10.1+cpu")
+    _library._check_torch_version("2.11.0a0+git123")
+    _library._check_torch_version("3.0.0")
+
+
+def test_no_torch_is_one_sentence(run_python):
+    code = """
+import sys
+sys.modules["torch"] = None  # what Python makes of a module that cannot be found
+try:
+    import tokenweave_ops
+except ImportError as error:
+    print(error)
+"""
+    assert run_python(code).stdout == "tokenweave_ops needs torch >= 2.11: pip install torch\n"

@@ -54,7 +54,8 @@ def _check_devices(name: str, fake: Callable) -> Callable:
         first, reference = tensors[0]
         for i, tensor in tensors[1:]:
             if tensor.device != reference.device:
-                names = [argument.name for argument in getattr(torch.ops.tokenweave, name).default._schema.arguments]
+                schema = getattr(torch.ops.tokenweave, name).default._schema
+                names = [argument.name for argument in schema.arguments]
                 raise RuntimeError(
                     f"{name}: {names[i]} must be on the device of {names[first]}, {reference.device}, "
                     f"got {tensor.device} (dtype {_DTYPE_NAMES.get(tensor.dtype, tensor.dtype)}, device {tensor.device})"

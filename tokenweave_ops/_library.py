@@ -56,9 +56,10 @@ def _check_devices(name: str, fake: Callable) -> Callable:
             if tensor.device != reference.device:
                 schema = getattr(torch.ops.tokenweave, name).default._schema
                 names = [argument.name for argument in schema.arguments]
+                dtype = _DTYPE_NAMES.get(tensor.dtype, tensor.dtype)
                 raise RuntimeError(
                     f"{name}: {names[i]} must be on the device of {names[first]}, {reference.device}, "
-                    f"got {tensor.device} (dtype {_DTYPE_NAMES.get(tensor.dtype, tensor.dtype)}, device {tensor.device})"
+                    f"got {tensor.device} (dtype {dtype}, device {tensor.device})"
                 )
         return fake(*arguments)
 

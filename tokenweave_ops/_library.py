@@ -126,6 +126,8 @@ def _load(backend: str) -> None:
         library = ctypes.CDLL(str(path))
     except OSError as error:
         raise ImportError(f"{path.name} cannot be loaded, rebuild it ({BUILD_COMMAND}): {error}") from error
+    if not hasattr(library, "tokenweave_schemas"):
+        raise StaleLibraryError(f"{path.name} is stale, rebuild it ({BUILD_COMMAND}): it does not say what it holds.")
     library.tokenweave_schemas.restype = ctypes.c_char_p
     compare_schemas(library.tokenweave_schemas().decode(), backend)
     library.tokenweave_register()

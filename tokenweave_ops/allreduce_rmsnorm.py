@@ -6,12 +6,14 @@ Numeric contract, met by every backend:
   rounded ``h``, the value the next layer will read.
 - ``rstd = 1 / sqrt(mean(h^2) + eps)``: squares accumulated, divided and rooted in fp32.
 - ``y = round((h * rstd) * (weight + weight_bias))``: fp32 products, rounded once to the element type.
-- The order of the fp32 additions depends on ``hidden``, on alignment and on the backend only: the same row gives the
-  same bits in every run, whatever the other rows, the batch size or the number of threads.
+- The order of the fp32 additions depends on ``hidden``, on the backend, and on whether the first row and the strides
+  are multiples of 16 bytes (on CUDA, other tensors take a kernel that adds in another order). So the same row gives
+  the same bits in every run, whatever the other rows, the batch size or the number of threads.
 - A NaN anywhere in a row makes the whole row of ``y`` NaN; an infinity makes ``rstd`` 0, hence ``inf * 0 = NaN`` at its
   own place and 0 elsewhere. Other rows are not affected. NaN payloads are not kept.
-- Squares are summed in fp32: a row with elements beyond about 1e19 overflows the sum, ``rstd`` is 0 and so is the row.
-- eps = 0 and an all-zero row give ``0 * inf = NaN``, as the formula says; any eps > 0 gives exactly 0.
+- Squares are summed in fp32. Where the sum overflows (a few elements of 1e19, or 65,536 of 1e17) ``rstd`` and the row
+  are 0; where all squares underflow (elements below about 1e-23) and eps is 0, ``rstd`` is infinite.
+- An all-zero row gives exactly 0 for any eps that is not 0 in fp32, and ``0 * inf = NaN`` for eps = 0.
 
 Sources: Zhang and Sennrich, "Root Mean Square Layer Normalization", 2019 (the norm); TokenWeave, arXiv 2505.11329
 (the fused form). TokenWeave's own kernel rounds four times per element where this one rounds twice.
@@ -19,8 +21,11 @@ Sources: Zhang and Sennrich, "Root Mean Square Layer Normalization", 2019 (the n
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor, is_grad_enabled
+from torch.autograd.graph import increment_version
 
 from tokenweave_ops._library import define_op
 
@@ -33,7 +38,7 @@ def _empty_like_rows(x: Tensor) -> Tensor:
 
 
 def _fake_rms_norm_train(x, weight, eps, weight_bias):
-    return _empty_like_rows(x), x.new_empty(x.shape[:-1].numel(), dtype=torch.float32)
+    return _empty_like_rows(x), x.new_empty(math.prod(x.shape[:-1]), dtype=torch.float32)
 
 
 def _fake_add_rms_norm_train(x, residual, weight, eps, weight_bias):
@@ -44,6 +49,7 @@ def _fake_add_rms_norm_train(x, residual, weight, eps, weight_bias):
 def _setup_rms_norm_train(ctx, inputs, output):
     x, weight, _eps, ctx.weight_bias = inputs
     _y, rstd = output
+    ctx.mark_non_differentiable(rstd)
     ctx.save_for_backward(x, weight, rstd)
 
 
@@ -58,6 +64,7 @@ def _backward_rms_norm_train(ops, ctx, grad_y, _grad_rstd):
 def _setup_add_rms_norm_train(ctx, inputs, output):
     _x, _residual, weight, _eps, ctx.weight_bias = inputs
     _y, h, rstd = output
+    ctx.mark_non_differentiable(rstd)
     ctx.save_for_backward(h, weight, rstd)
 
 
@@ -67,6 +74,10 @@ def _backward_add_rms_norm_train(ops, ctx, grad_y, grad_h, _grad_rstd):
         grad_y.contiguous(), grad_h.contiguous(), h, weight, rstd, ctx.weight_bias
     )
     return grad_sum, grad_sum, grad_weight, None, None
+
+
+def _refuse_second_derivative(ops, ctx, *gradients):
+    raise RuntimeError("rms_norm_backward: has no gradient of its own; rms_norm_train is differentiable once")
 
 
 define_op(
@@ -98,6 +109,8 @@ define_op(
     "rms_norm_backward(Tensor grad_y, Tensor? grad_h, Tensor h, Tensor weight, Tensor rstd, float weight_bias)"
     " -> (Tensor grad_x, Tensor grad_weight)",
     fake=lambda grad_y, grad_h, h, weight, rstd, weight_bias: (_empty_like_rows(h), torch.empty_like(weight)),
+    setup_context=lambda ctx, inputs, output: None,
+    backward=_refuse_second_derivative,
 )
 
 # Looked up once: a call costs one dispatch. Tests replace them by their emulated counterparts (testing.emulated).
@@ -124,7 +137,7 @@ def rms_norm(
 ) -> Tensor:
     """RMSNorm over the last dimension: ``x / sqrt(mean(x^2) + eps) * (weight + weight_bias)``.
 
-    Numerics: the module's contract, with ``h = x``. No gradient: see :func:`rms_norm_train`.
+    Numerics: the module's contract, with ``h = x``. No gradient (and no forward-mode AD): see :func:`rms_norm_train`.
 
     Args:
         x: ``[..., hidden]``, bf16, fp16 or fp32, hidden 1 to 65,536. The last dimension is contiguous; the leading ones
@@ -142,19 +155,22 @@ def rms_norm(
         RuntimeError: an argument does not fit (nothing has been written then), an input requires grad while grad mode
             is on, or no kernels were built for the device.
     """
-    if is_grad_enabled() and (x.requires_grad or weight.requires_grad):
+    if is_grad_enabled() and (x.requires_grad or weight.requires_grad or (out is not None and out.requires_grad)):
         _refuse_grad("rms_norm", "rms_norm_train")
     if out is None:
         return _rms_norm(x, weight, eps, weight_bias)
     _rms_norm_out(x, weight, eps, weight_bias, out)
+    increment_version(out)
     return out
 
 
 def add_rms_norm_(x: Tensor, residual: Tensor, weight: Tensor, eps: float = 1e-6, *, weight_bias: float = 0.0) -> None:
     """Residual add and RMSNorm in place: ``residual <- h = x + residual``, then ``x <- rms_norm(h)``.
 
-    The pair a pre-norm transformer runs twice a layer, in one pass: each element is read once and written once.
-    Numerics: the module's contract. No gradient: see :func:`add_rms_norm_train`.
+    The pair a pre-norm transformer runs twice a layer, in one pass over memory. On CUDA each element is read once and
+    written once where rows are multiples of 16 bytes, begin on such a boundary and hold at most 128 KiB; in other rows
+    h is read a second time. Numerics: the module's contract. No gradient (and no forward-mode AD): see
+    :func:`add_rms_norm_train`.
 
     Args:
         x: ``[..., hidden]``, bf16, fp16 or fp32, hidden 1 to 65,536; overwritten by the normed sum. The last dimension
@@ -171,10 +187,11 @@ def add_rms_norm_(x: Tensor, residual: Tensor, weight: Tensor, eps: float = 1e-6
     if is_grad_enabled() and (x.requires_grad or residual.requires_grad or weight.requires_grad):
         _refuse_grad("add_rms_norm_", "add_rms_norm_train")
     _add_rms_norm_(x, residual, weight, eps, weight_bias)
+    increment_version((x, residual))  # so that autograd notices if it had saved one of them
 
 
 def rms_norm_train(x: Tensor, weight: Tensor, eps: float = 1e-6, *, weight_bias: float = 0.0) -> Tensor:
-    """Differentiable :func:`rms_norm`; keeps x and one fp32 number per row for the backward pass.
+    """Differentiable (once) :func:`rms_norm`; keeps x and one fp32 number per row for the backward pass.
 
     Arguments, errors and forward numerics are those of :func:`rms_norm`. Backward: fp32 throughout; the weight's
     gradient is summed over fixed groups of rows, then over the groups, so it is the same in every run; rounded once at
@@ -186,7 +203,7 @@ def rms_norm_train(x: Tensor, weight: Tensor, eps: float = 1e-6, *, weight_bias:
 def add_rms_norm_train(
     x: Tensor, residual: Tensor, weight: Tensor, eps: float = 1e-6, *, weight_bias: float = 0.0
 ) -> tuple[Tensor, Tensor]:
-    """Differentiable residual add and RMSNorm: returns ``(y, h)``, both new, and leaves the inputs alone.
+    """Differentiable (once) residual add and RMSNorm: returns ``(y, h)``, both new, and leaves the inputs alone.
 
     ``h = x + residual`` goes to the next residual add, ``y = rms_norm(h)`` to the layer; the gradients of both are
     folded into one pass. Arguments, errors and forward numerics are those of :func:`add_rms_norm_`, but x and residual

@@ -29,14 +29,9 @@ void (*select_kernel(int packs_per_thread, bool has_residual))(RmsNormParams) {
   }
 }
 
-bool is_aligned_16(const void* pointer, const RowLayout& rows, int64_t element_bytes) {
-  return reinterpret_cast<uintptr_t>(pointer) % 16 == 0 && rows.inner_stride * element_bytes % 16 == 0 &&
-         rows.outer_stride * element_bytes % 16 == 0;
-}
-
 }  // namespace
 
-RmsNormPlan plan_rms_norm(int64_t num_rows, int64_t hidden, DType dtype, bool aligned) {
+RmsNormPlan plan_rms_norm(int64_t num_rows, int64_t hidden, DType dtype, bool aligned, int64_t max_grid) {
   RmsNormPlan plan;
   const int64_t elements_per_pack = 16 / size_of(dtype);
   const int64_t num_packs = hidden / elements_per_pack;
@@ -60,7 +55,7 @@ RmsNormPlan plan_rms_norm(int64_t num_rows, int64_t hidden, DType dtype, bool al
     plan.block_y = 1;
   }
   const int64_t blocks = (num_rows + plan.block_y - 1) / plan.block_y;
-  plan.grid = blocks < kMaxGrid ? blocks : kMaxGrid;
+  plan.grid = blocks < max_grid ? blocks : max_grid;
   return plan;
 }
 
@@ -71,7 +66,7 @@ Status rms_norm(const RmsNormParams& params, const ExecutionContext& context) {
                        is_aligned_16(params.x, params.x_rows, bytes) && is_aligned_16(params.y, params.y_rows, bytes) &&
                        (!has_residual || (is_aligned_16(params.residual, params.residual_rows, bytes) &&
                                           is_aligned_16(params.h, params.h_rows, bytes)));
-  const RmsNormPlan plan = plan_rms_norm(params.num_rows, params.hidden, params.dtype, aligned);
+  const RmsNormPlan plan = plan_rms_norm(params.num_rows, params.hidden, params.dtype, aligned, max_grid());
   const LaunchConfig config{.kernel = has_residual ? "add_rms_norm" : "rms_norm",
                             .grid = plan.grid,
                             .block_x = plan.block_x,

@@ -36,6 +36,6 @@ struct RmsNormPlan {
   int32_t block_y = 0;           // rows of a block
   int64_t grid = 0;              // blocks; each strides over the rows if there are more
 };
-RmsNormPlan plan_rms_norm(int64_t num_rows, int64_t hidden, DType dtype, bool aligned);
+RmsNormPlan plan_rms_norm(int64_t num_rows, int64_t hidden, DType dtype, bool aligned, int64_t max_grid);
 
 }  // namespace tokenweave::inline TOKENWEAVE_BACKEND

@@ -11,7 +11,7 @@ Status launch_rows_and_groups(const RmsNormBackwardParams& params, int64_t num_g
   const int64_t chunks = (params.hidden + kWidth - 1) / kWidth;
   const int32_t row_threads = chunks >= 512 ? 512 : static_cast<int32_t>((chunks + 31) / 32 * 32);
   const LaunchConfig rows{.kernel = "rms_norm_backward_rows",
-                          .grid = params.num_rows < kMaxGrid ? params.num_rows : kMaxGrid,
+                          .grid = params.num_rows < max_grid() ? params.num_rows : max_grid(),
                           .block_x = row_threads,
                           .shared_bytes = sizeof(RmsNormBackwardShared)};
   const Status status = launch(rows, context, rms_norm_backward_rows_kernel<T, kWidth>, params);

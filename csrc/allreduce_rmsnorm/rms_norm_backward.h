@@ -26,7 +26,7 @@ struct RmsNormBackwardParams {
 
 // The weight gradient is summed within groups of consecutive rows, then over the groups in order: the sum's order, and
 // so its bits, are a function of num_rows alone.
-constexpr int64_t rms_norm_backward_groups(int64_t num_rows) { return num_rows < 64 ? num_rows : 64; }
+constexpr int64_t rms_norm_backward_groups(int64_t num_rows) { return num_rows < 256 ? num_rows : 256; }
 constexpr int64_t rms_norm_backward_group_begin(int64_t num_rows, int64_t group) {
   const int64_t groups = rms_norm_backward_groups(num_rows);
   return num_rows / groups * group + (group < num_rows % groups ? group : num_rows % groups);

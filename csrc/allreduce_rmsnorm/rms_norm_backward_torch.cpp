@@ -1,4 +1,5 @@
 // rms_norm_backward: called by autograd, so its inputs are contiguous; checked all the same.
+#include "allreduce_rmsnorm/rms_norm.h"
 #include "allreduce_rmsnorm/rms_norm_backward.h"
 #include "torch/check.h"
 #include "torch/registry.h"
@@ -25,8 +26,10 @@ std::tuple<Tensor, Tensor> rms_norm_backward_op(const Tensor& grad_y, const std:
       rstd_info("rstd", rstd);
   RmsNormBackwardParams params;
   params.dtype = check_dtype(kOp, h_info);
-  if (h_info.dim < 1 || h_info.size(-1) < 1)
-    fail(kOp, h_info, "have shape [..., hidden]", join(h_info.sizes, h_info.dim));
+  if (h_info.dim < 1 || h_info.size(-1) < 1 || h_info.size(-1) > kMaxHidden) {
+    fail(kOp, h_info, "have shape [..., hidden] with hidden of 1 to " + std::to_string(kMaxHidden),
+         join(h_info.sizes, h_info.dim));
+  }
   check_contiguous(kOp, h_info);
   params.num_rows = count_rows(h_info);
   params.hidden = h_info.size(-1);

@@ -1,5 +1,6 @@
 // The launch plan, shown to Python: it is tested with sizes no test could allocate.
 #include "allreduce_rmsnorm/rms_norm.h"
+#include "core/launch.h"
 #include "host/bindings.h"
 
 namespace tokenweave::inline TOKENWEAVE_BACKEND {
@@ -13,10 +14,10 @@ HOST_BINDINGS(m) {
       .def_readonly("grid", &RmsNormPlan::grid);
   m.def(
       "plan_rms_norm",
-      [](int64_t num_rows, int64_t hidden, const std::string& dtype, bool aligned) {
-        return plan_rms_norm(num_rows, hidden, host::dtype_of(dtype), aligned);
+      [](int64_t num_rows, int64_t hidden, const std::string& dtype, bool aligned, int64_t max_grid) {
+        return plan_rms_norm(num_rows, hidden, host::dtype_of(dtype), aligned, max_grid);
       },
-      py::arg("num_rows"), py::arg("hidden"), py::arg("dtype"), py::arg("aligned"));
+      py::arg("num_rows"), py::arg("hidden"), py::arg("dtype"), py::arg("aligned"), py::arg("max_grid") = kMaxGrid);
 }
 
 }  // namespace tokenweave::inline TOKENWEAVE_BACKEND

@@ -14,10 +14,10 @@ namespace {
 
 void check_scalars(const char* op, double eps, double weight_bias) {
   if (!(eps >= 0.0) || !std::isfinite(eps)) {
-    raise(std::string(op) + ": eps must be finite and at least 0, got " + std::to_string(eps));
+    raise(std::string(op) + ": eps must be finite and at least 0, got " + shortest(eps));
   }
-  if (!std::isfinite(weight_bias)) {
-    raise(std::string(op) + ": weight_bias must be finite, got " + std::to_string(weight_bias));
+  if (!std::isfinite(static_cast<float>(weight_bias))) {
+    raise(std::string(op) + ": weight_bias must be finite in fp32, got " + shortest(weight_bias));
   }
 }
 
@@ -67,7 +67,7 @@ Tensor allocate_like(const TensorInfo& x, const Tensor& tensor) {
   return torch::stable::new_empty(tensor, torch::headeronly::IntHeaderOnlyArrayRef(x.sizes, x.dim));
 }
 
-RowLayout contiguous_rows(const RmsNormParams& p) { return RowLayout{p.num_rows, p.hidden, 0}; }
+RowLayout contiguous_rows(const RmsNormParams& p) { return RowLayout{p.num_rows, p.hidden, 0, p.hidden}; }
 
 Tensor allocate_rstd(const Tensor& x, int64_t num_rows) {
   return torch::stable::new_empty(x, torch::headeronly::IntHeaderOnlyArrayRef(&num_rows, 1),

@@ -27,6 +27,16 @@ struct LaunchConfig {
 
 constexpr int64_t kMaxGrid = (int64_t{1} << 31) - 1;
 
+// The most blocks a launch may have: the hardware's limit, or the emulator's option, which tests lower so that kernels
+// stride over their work.
+inline int64_t max_grid() {
+#if defined(__CUDACC__)
+  return kMaxGrid;
+#else
+  return static_cast<int64_t>(simt::options().max_grid);
+#endif
+}
+
 template <class... Parameters>
 Status launch(const LaunchConfig& config, const ExecutionContext& context, void (*kernel)(Parameters...),
               std::type_identity_t<Parameters>... arguments) {

@@ -9,11 +9,12 @@ Registrar* Registrar::first = nullptr;
 
 namespace {
 
-void set_options(uint64_t seed, uint32_t resident_blocks, uint32_t hold_back_percent,
+void set_options(uint64_t seed, uint32_t resident_blocks, uint32_t hold_back_percent, uint32_t max_grid,
                  uint64_t switches_without_progress) {
   if (resident_blocks == 0) throw std::invalid_argument("resident_blocks must be at least 1");
   if (hold_back_percent > 100) throw std::invalid_argument("hold_back_percent must be at most 100");
-  simt::set_options({seed, resident_blocks, hold_back_percent, switches_without_progress});
+  if (max_grid == 0) throw std::invalid_argument("max_grid must be at least 1");
+  simt::set_options({seed, resident_blocks, hold_back_percent, max_grid, switches_without_progress});
 }
 
 py::dict options() {
@@ -22,6 +23,7 @@ py::dict options() {
   result["seed"] = options.seed;
   result["resident_blocks"] = options.resident_blocks;
   result["hold_back_percent"] = options.hold_back_percent;
+  result["max_grid"] = options.max_grid;
   result["switches_without_progress"] = options.switches_without_progress;
   return result;
 }
@@ -52,7 +54,7 @@ void add_emulator(py::module_ m) {
   py::register_exception<Fault>(m, "Fault", PyExc_RuntimeError);
   m.def("set_options", &set_options, py::kw_only(), py::arg("seed") = defaults.seed,
         py::arg("resident_blocks") = defaults.resident_blocks,
-        py::arg("hold_back_percent") = defaults.hold_back_percent,
+        py::arg("hold_back_percent") = defaults.hold_back_percent, py::arg("max_grid") = defaults.max_grid,
         py::arg("switches_without_progress") = defaults.switches_without_progress,
         "Sets every option and starts the sequence of schedules anew: the same seed gives the same schedules.",
         py::call_guard<py::gil_scoped_release>());

@@ -93,6 +93,7 @@ struct Options {
   uint64_t seed = 0;
   uint32_t resident_blocks = 4;     // of a normal launch, interleaved; a cooperative launch holds them all
   uint32_t hold_back_percent = 75;  // chance that a peer store is held back, and that a weak load is stale
+  uint32_t max_grid = 0x7fffffff;   // blocks of a launch; lower, and kernels must stride over their work
   uint64_t switches_without_progress = 2'000'000;  // then: "spins outside wait_until"
 };
 SIMT_API void set_options(const Options& options);

@@ -23,6 +23,6 @@ struct ScaleRowsPlan {
   int32_t block_x = 0;  // threads on one row
   int64_t grid = 0;     // blocks; each strides over the rows if there are more
 };
-ScaleRowsPlan plan_scale_rows(int64_t num_rows, int64_t hidden);
+ScaleRowsPlan plan_scale_rows(int64_t num_rows, int64_t hidden, int64_t max_grid);
 
 }  // namespace tokenweave::inline TOKENWEAVE_BACKEND

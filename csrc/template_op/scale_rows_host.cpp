@@ -1,4 +1,5 @@
 // The launch plan, shown to Python for its tests.
+#include "core/launch.h"
 #include "host/bindings.h"
 #include "template_op/scale_rows.h"
 
@@ -9,7 +10,7 @@ HOST_BINDINGS(m) {
   py::class_<ScaleRowsPlan>(m, "ScaleRowsPlan")
       .def_readonly("block_x", &ScaleRowsPlan::block_x)
       .def_readonly("grid", &ScaleRowsPlan::grid);
-  m.def("plan_scale_rows", &plan_scale_rows, py::arg("num_rows"), py::arg("hidden"));
+  m.def("plan_scale_rows", &plan_scale_rows, py::arg("num_rows"), py::arg("hidden"), py::arg("max_grid") = kMaxGrid);
 }
 
 }  // namespace tokenweave::inline TOKENWEAVE_BACKEND

@@ -2,6 +2,7 @@
 // once a check has failed, so that a good call pays a few comparisons.
 #pragma once
 
+#include <cstdio>
 #include <stdexcept>
 #include <string>
 
@@ -54,6 +55,13 @@ inline std::string join(const int64_t* values, int64_t count) {
   std::string text = "[";
   for (int64_t i = 0; i < count; ++i) text += (i ? ", " : "") + std::to_string(values[i]);
   return text + "]";
+}
+
+// A number as short as it can be said: -1e-09 and not -0.000000.
+inline std::string shortest(double value) {
+  char text[32];
+  std::snprintf(text, sizeof(text), "%g", value);
+  return text;
 }
 
 inline const char* name_of_torch_dtype(int32_t dtype) {

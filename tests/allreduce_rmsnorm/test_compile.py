@@ -86,6 +86,33 @@ def test_compiled_training_step_equals_eager(backend):
         torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("training", [False, True], ids=["inference", "training"])
+def test_token_counts_share_one_graph(backend, training):
+    """A new number of tokens must not compile anew: nothing in the fake kernels may pin it."""
+    graphs = 0
+
+    def count(graph, _inputs):
+        nonlocal graphs
+        graphs += 1
+        return graph.forward
+
+    def run(x, residual, weight):
+        if training:
+            y, h = family.add_rms_norm_train(x, residual, weight)
+            return family.rms_norm_train(y, weight) + h
+        return block(x, residual, weight)
+
+    torch._dynamo.reset()
+    with backend.use(family):
+        compiled = torch.compile(run, fullgraph=True, dynamic=True, backend=count)
+        for num_tokens in (3, 5, 9):
+            x, residual = (backend.tensor(num_tokens, 32, dtype=torch.float32, seed=s) for s in (1, 2))
+            weight = backend.tensor(32, dtype=torch.float32, seed=3)
+            torch._dynamo.mark_dynamic(x, 0)
+            torch.testing.assert_close(compiled(x, residual, weight), run(x.clone(), residual, weight))
+    assert graphs == 1
+
+
 @pytest.mark.no_launch
 def test_compile_refuses_grad_too(backend):
     x, residual, weight = sample_inputs(backend, torch.float32)

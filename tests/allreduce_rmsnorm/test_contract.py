@@ -62,6 +62,69 @@ def test_same_bits_for_every_schedule(simt):
     assert all(torch.equal(y, results[0][0]) and torch.equal(h, results[0][1]) for y, h in results)
 
 
+@pytest.mark.parametrize("hidden", [57, 128, 1096])
+def test_blocks_that_take_several_rows(simt, hidden):
+    """With the grid capped below the number of rows, blocks stride: same bits, and shared memory is reused safely."""
+    emulator = testing.host().simt
+    saved = emulator.options()
+    expected = run_add(simt, *fresh(simt, 23, hidden))
+    try:
+        for seed in range(8):
+            emulator.set_options(**{**saved, "seed": seed, "max_grid": 2})
+            y, h = run_add(simt, *fresh(simt, 23, hidden))
+            assert torch.equal(y, expected[0]) and torch.equal(h, expected[1])
+    finally:
+        emulator.set_options(**saved)
+
+
+def test_gradient_blocks_that_take_several_rows(simt):
+    emulator = testing.host().simt
+    saved = emulator.options()
+    x, residual, weight = fresh(simt, 23, 264)
+    rstd = torch.rand(23)
+    expected = simt.ops.rms_norm_backward(x, residual, residual, weight, rstd, 1.0)
+    try:
+        for seed in range(4):
+            emulator.set_options(**{**saved, "seed": seed, "max_grid": 3})
+            actual = simt.ops.rms_norm_backward(x, residual, residual, weight, rstd, 1.0)
+            assert torch.equal(actual[0], expected[0]) and torch.equal(actual[1], expected[1])
+    finally:
+        emulator.set_options(**saved)
+
+
+@pytest.mark.parametrize("hidden", [64, 1024])
+def test_a_row_of_a_misaligned_batch_does_not_depend_on_it(backend, hidden):
+    """Pitch hidden + 1: every fourth fp32 row is 16-byte aligned by chance, and must not get another kernel for it."""
+    weight = backend.tensor(hidden, dtype=torch.float32, seed=3)
+    wide = backend.tensor(16, hidden + 1, dtype=torch.float32, seed=1)[:, :hidden]
+    with backend.use(family):
+        together = family.rms_norm(wide, weight)
+        for row in range(16):
+            assert torch.equal(family.rms_norm(wide[row : row + 1], weight), together[row : row + 1])
+
+
+def test_autograd_notices_what_was_overwritten(backend):
+    """A tensor saved for a backward pass and then overwritten by an inference op is an error, not a wrong gradient."""
+    x, residual, weight = fresh(backend, 4, 16, dtype=torch.float32)
+    parameter = torch.ones_like(x).requires_grad_()
+    for overwrite in (
+        lambda: family.add_rms_norm_(x, residual, weight),
+        lambda: family.add_rms_norm_(residual, x, weight),
+        lambda: family.rms_norm(residual, weight, out=x),
+    ):
+        product = (x * parameter).sum()
+        with backend.use(family):
+            overwrite()
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            product.backward()
+    with backend.use(family):
+        y, h = family.add_rms_norm_train(x, residual, parameter[0])
+        with torch.no_grad():
+            family.add_rms_norm_(x, h, weight)
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            y.sum().backward()
+
+
 def test_weight_gradient_is_deterministic(backend):
     x, residual, weight = (tensor.requires_grad_() for tensor in fresh(backend, 130, 40))
     grads = []
@@ -167,6 +230,20 @@ def test_transposed_batch(backend):
     assert torch.equal(y.transpose(0, 1), expected_y) and torch.equal(h.transpose(0, 1), expected_h)
 
 
+def test_interleaved_parts_of_one_buffer_do_not_overlap(backend):
+    """Queries into keys of a packed qkv, and chunks of a three-dimensional buffer: disjoint, in ranges that mesh."""
+    packed = backend.tensor(6, 5, 32, dtype=BF16, seed=4)
+    weight = backend.tensor(32, dtype=BF16, seed=5)
+    with backend.use(family):
+        expected = family.rms_norm(packed[:, :2].contiguous(), weight)
+        family.rms_norm(packed[:, :2], weight, out=packed[:, 2:4])
+        assert torch.equal(packed[:, 2:4], expected)
+        x, residual = packed[:, :4].chunk(2, dim=1)
+        want = x + residual
+        family.add_rms_norm_(x, residual, weight)
+        assert torch.equal(residual, want)
+
+
 def test_two_halves_of_one_buffer_do_not_overlap(backend):
     x, residual, weight = fresh(backend, 4, 16)
     both = torch.cat([x, residual], dim=1)
@@ -184,9 +261,11 @@ def test_one_dimensional_and_expanded_inputs(backend):
 
 
 @pytest.mark.no_launch
-@pytest.mark.parametrize("shape", [(0, 16), (3, 0, 16)])
+@pytest.mark.parametrize("shape", [(0, 16), (3, 0, 16), (2, 3, 0, 16)])
 def test_no_rows(backend, shape):
     x, residual, weight = fresh(backend, *shape)
+    if len(shape) == 4:
+        x = backend.tensor(0, 3, 2, 16, dtype=BF16).permute(2, 1, 0, 3)
     run_add(backend, x, residual, weight)
     with backend.use(family):
         assert family.rms_norm(x, weight).shape == shape
@@ -195,11 +274,13 @@ def test_no_rows(backend, shape):
     assert y.shape == shape and (grad == 0).all()
 
 
-def test_row_offsets_beyond_32_bits(backend):
-    """Two rows 2^31 elements apart. The 4 GiB between them are reserved, not touched."""
-    stride = 2**31
-    wide = torch.empty(stride + 64, dtype=BF16, device=backend.device).as_strided((2, 64), (stride, 1))
-    x, residual, weight = fresh(backend, 2, 64)
+@pytest.mark.parametrize("shape", [(2, 64), (2, 3, 64)], ids=["one stride", "two strides"])
+def test_row_offsets_beyond_32_bits(backend, shape):
+    """Rows 2^32 elements apart: signed and unsigned 32 bits wrap. What lies between is reserved, not touched."""
+    stride = 2**32
+    strides = (stride, 1) if len(shape) == 2 else (stride, 128, 1)
+    wide = torch.empty(stride + 3 * 128, dtype=BF16, device=backend.device).as_strided(shape, strides)
+    x, residual, weight = fresh(backend, *shape)
     wide.copy_(x)
     expected_y, _ = run_add(backend, x, residual.clone(), weight)
     y, _ = run_add(backend, wide, residual, weight)
@@ -219,6 +300,8 @@ def test_inference_forms_refuse_grad(backend):
             family.add_rms_norm_(x, residual, weight)
         with pytest.raises(RuntimeError, match="rms_norm: an input requires grad.*use rms_norm_train"):
             family.rms_norm(x, weight)
+        with pytest.raises(RuntimeError, match="rms_norm: an input requires grad"):
+            family.rms_norm(x, weight.detach(), out=torch.empty_like(x).requires_grad_())
     assert torch.equal(x, before[0]) and torch.equal(residual, before[1])
 
 

@@ -28,7 +28,7 @@ BAD = {
         "x must have a last dimension of 1 to 65536, got 0 (dtype bf16, device {device})",
     ),
     "too wide": (
-        lambda x, r, w: (x.new_zeros(1, 65537), x.new_zeros(1, 65537), x.new_zeros(65537)),
+        lambda x, r, w: (x.new_full((1, 65537), 3.0), x.new_full((1, 65537), 3.0), x.new_full((65537,), 3.0)),
         "x must have a last dimension of 1 to 65536, got 65537 (dtype bf16, device {device})",
     ),
     "dtype": (
@@ -81,11 +81,11 @@ BAD = {
         "x must not overlap residual, got memory that is shared with it (dtype bf16, device {device})",
     ),
     "partial overlap": (
-        lambda x, r, w: (lambda both: (both[:4], both[3:], w))(x.new_zeros(7, 16)),
+        lambda x, r, w: (lambda both: (both[:4], both[3:], w))(x.new_full((7, 16), 3.0)),
         "x must not overlap residual, got memory that is shared with it (dtype bf16, device {device})",
     ),
     "shifted columns": (
-        lambda x, r, w: (lambda both: (both[:, :16], both[:, 8:24], w))(x.new_zeros(4, 32)),
+        lambda x, r, w: (lambda both: (both[:, :16], both[:, 8:24], w))(x.new_full((4, 32), 3.0)),
         "x must not overlap residual, got memory that is shared with it (dtype bf16, device {device})",
     ),
     "expanded": (
@@ -122,9 +122,10 @@ def test_bad_tensor(backend, case):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"eps": -1e-6}, "add_rms_norm_: eps must be finite and at least 0, got -0.000001"),
+        ({"eps": -1e-6}, "add_rms_norm_: eps must be finite and at least 0, got -1e-06"),
         ({"eps": float("nan")}, "add_rms_norm_: eps must be finite and at least 0, got nan"),
-        ({"weight_bias": float("inf")}, "add_rms_norm_: weight_bias must be finite, got inf"),
+        ({"weight_bias": 1e39}, "add_rms_norm_: weight_bias must be finite in fp32, got 1e+39"),
+        ({"weight_bias": float("inf")}, "add_rms_norm_: weight_bias must be finite in fp32, got inf"),
     ],
 )
 def test_bad_scalar(backend, options, message):
@@ -144,8 +145,10 @@ def test_bad_out(backend):
             (x, "rms_norm: out must not overlap x, got memory that is shared with it"),
             (x.new_zeros(1, 16).expand(4, 16), "rms_norm: out must have rows that do not overlap, got strides [0, 1]"),
         ]:
+            before = out.clone(), x.clone()
             with pytest.raises(RuntimeError, match=re.escape(message)):
                 family.rms_norm(x, weight, out=out)
+            assert torch.equal(out, before[0]) and torch.equal(x, before[1])
 
 
 @pytest.mark.parametrize("case", ["scalar", "dtype", "weight shape", "residual shape", "columns", "three strides"])

@@ -52,7 +52,7 @@ def assert_within_ulps(actual, exact, ulps):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=lambda shape: f"{shape[0]}x{shape[1]}")
 def test_add_rms_norm_matches_float64(backend, shape, dtype):
-    weight_bias = 1.0 if shape[1] % 2 else 0.0
+    weight_bias = 1.0 if shape[0] % 2 else 0.0  # on vector and scalar paths alike
     x, residual, weight = make_inputs(backend, *shape, dtype)
     eager_y, eager_h = reference.add_rms_norm(x.cpu(), residual.cpu(), weight.cpu(), weight_bias=weight_bias)
     exact_y, _ = reference.add_rms_norm(
@@ -75,10 +75,11 @@ def test_rms_norm_matches_float64(backend, shape, dtype, with_out):
     x, _, weight = make_inputs(backend, *shape, dtype)
     out = torch.full_like(x, float("nan")) if with_out else None
     with backend.use(family):
-        y = family.rms_norm(x, weight, 1e-5, out=out)
+        y = family.rms_norm(x, weight, 1e-5, weight_bias=float(with_out), out=out)
     assert (y is out) == with_out
-    exact = reference.rms_norm(x.cpu().double(), weight.cpu().double(), 1e-5)
-    testing.assert_close(y, exact, reference.rms_norm(x.cpu(), weight.cpu(), 1e-5), what="y")
+    exact = reference.rms_norm(x.cpu().double(), weight.cpu().double(), 1e-5, weight_bias=float(with_out))
+    eager = reference.rms_norm(x.cpu(), weight.cpu(), 1e-5, weight_bias=float(with_out))
+    testing.assert_close(y, exact, eager, what="y")
 
 
 def test_rounding_probe(backend):
@@ -132,13 +133,28 @@ def test_squares_overflow_in_fp32_as_documented(backend):
     assert (y == 0).all()
 
 
-def test_subnormal_inputs_are_kept(backend):
-    """bf16 subnormals are not flushed: with eps = 0 a row of them normalises to its sign pattern."""
-    x = torch.full((1, 64), 2.0**-60, dtype=torch.bfloat16, device=backend.device)
-    x[0, ::2] *= -1
+@pytest.mark.parametrize("hidden", [63, 64])
+def test_subnormals_are_not_flushed(backend, hidden):
+    """h keeps bf16's subnormals, and with eps = 0 a row of fp16's smallest number normalises to its signs."""
+    x = torch.full((1, hidden), 2.0**-130, dtype=torch.bfloat16, device=backend.device)
+    residual = x * -3
+    tiny = torch.full((1, hidden), 2.0**-24, dtype=torch.float16, device=backend.device)
+    tiny[0, ::2] *= -1
     with backend.use(family):
-        y = family.rms_norm(x, torch.ones(64, dtype=torch.bfloat16, device=backend.device), 0.0)
-    assert torch.equal(y.cpu(), x.cpu().sign())
+        family.add_rms_norm_(x, residual, torch.ones(hidden, dtype=torch.bfloat16, device=backend.device))
+        y = family.rms_norm(tiny, torch.ones(hidden, dtype=torch.float16, device=backend.device), 0.0)
+    assert (residual.cpu().double() == -(2.0**-129)).all()
+    assert torch.equal(y.cpu(), tiny.cpu().sign())
+
+
+@pytest.mark.parametrize("hidden", [8192, 65536])
+def test_rows_far_from_zero_keep_their_digits(backend, hidden):
+    """All squares equal: the worst case for adding them up one after the other."""
+    x = torch.full((1, hidden), 1.1, device=backend.device)
+    with backend.use(family):
+        y = family.rms_norm(x, torch.ones(hidden, device=backend.device))
+    exact = reference.rms_norm(x.cpu().double(), torch.ones(hidden, dtype=torch.float64))
+    assert_within_ulps(y.cpu(), exact, ulps=4.0)
 
 
 @pytest.mark.parametrize("hidden", [24, 45])
@@ -213,6 +229,15 @@ def test_only_h_used_gives_identity_gradient(backend):
         grads = torch.autograd.grad(h.sum(), (x, residual, weight), allow_unused=True)
     assert torch.equal(grads[0], torch.ones_like(x)) and torch.equal(grads[1], torch.ones_like(x))
     assert (grads[2] == 0).all()
+
+
+def test_a_second_derivative_is_refused(backend):
+    x, residual, weight = (tensor.requires_grad_() for tensor in make_inputs(backend, 4, 16, torch.float32))
+    with backend.use(family):
+        y, _ = family.add_rms_norm_train(x, residual, weight)
+        (grad,) = torch.autograd.grad(y.square().sum(), x, create_graph=True)
+        with pytest.raises(RuntimeError, match="rms_norm_train is differentiable once"):
+            torch.autograd.grad(grad.square().sum(), x)
 
 
 def test_train_forward_has_the_inference_bits(backend):

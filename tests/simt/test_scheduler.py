@@ -116,11 +116,12 @@ def test_a_fault_on_another_host_thread(kernels, simt):
 
 @pytest.mark.no_launch
 def test_options_round_trip_and_are_checked(simt):
-    simt.set_options(seed=2**64 - 1, resident_blocks=2, hold_back_percent=10, switches_without_progress=7)
+    simt.set_options(seed=2**64 - 1, resident_blocks=2, hold_back_percent=10, max_grid=9, switches_without_progress=7)
     assert simt.options() == {
         "seed": 2**64 - 1,
         "resident_blocks": 2,
         "hold_back_percent": 10,
+        "max_grid": 9,
         "switches_without_progress": 7,
     }
     with pytest.raises(ValueError, match="resident_blocks must be at least 1"):

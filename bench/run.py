@@ -90,7 +90,8 @@ def main() -> int:
         progress.advance(task)
         for case in cases:
             progress.update(task, description=f"{case.op} {case.case} {harness.DTYPE_NAME[case.dtype]}")
-            measured = harness.run_case(case, machine, BUDGET_S[options.quick], monitor)
+            with torch.no_grad():  # as an inference engine runs; a training case turns it on in its contestants
+                measured = harness.run_case(case, machine, BUDGET_S[options.quick], monitor)
             rows += measured
             progress.advance(task)
             if progress.disable:  # no terminal: a line per row, so that a log shows life

@@ -20,6 +20,7 @@ if str(ROOT) not in sys.path:
     sys.path.append(str(ROOT))
 
 from bench import environment, harness  # noqa: E402
+from bench.terminal import Terminal  # noqa: E402
 
 PAGE = ROOT / "docs" / "performance.md"
 README = ROOT / "README.md"
@@ -104,23 +105,13 @@ def remarks(doc: dict) -> list[str]:
     return lines + sorted(skipped) + [f"{flag}: {', '.join(rows)}." for flag, rows in flags.items()]
 
 
-def print_tables(doc: dict, console) -> None:
-    from rich import box
-    from rich.table import Table
-
+def print_tables(doc: dict, terminal: Terminal) -> None:
     for op, rows in by_op(doc):
         names = baseline_names(rows)
-        title = f"\n{op} on {doc['env']['device']}"
-        style = {"title_justify": "left", "title_style": "bold", "box": box.SIMPLE_HEAD}
-        table = Table(title=title, **style, collapse_padding=True, pad_edge=False)
-        for heading in headings(rows):
-            justify = "left" if heading in ("case", "dtype", "cache") else "right"
-            table.add_column(heading.replace("vs ", "vs\n"), justify=justify, no_wrap=heading in ("us", "p20 - p80"))
-        for row in rows:
-            table.add_row(*cells(row, names), style=None if row["ok"] else "bold red")
-        console.print(table)
+        lines = [cells(row, names) for row in rows]
+        terminal.table(f"{op} on {doc['env']['device']}", headings(rows), lines, [not row["ok"] for row in rows])
     for line in remarks(doc):
-        console.print(line, style="dim", highlight=False)
+        terminal.print(line)
 
 
 def markdown(doc: dict) -> str:

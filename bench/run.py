@@ -22,10 +22,9 @@ BENCH = Path(__file__).resolve().parent
 sys.path.append(str(BENCH.parent))
 
 import torch  # noqa: E402
-from rich.console import Console  # noqa: E402
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn  # noqa: E402
 
 from bench import environment, harness, machines, report  # noqa: E402
+from bench.terminal import Terminal  # noqa: E402
 
 BUDGET_S = {False: 1.5, True: 0.6}  # of timing per row; quick or not
 
@@ -75,7 +74,7 @@ def main() -> int:
     device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
     if device == "cuda" and not torch.cuda.is_available():
         raise SystemExit("run.py: --device cuda, but torch sees no GPU; run with --device cpu")
-    console = Console(width=None if sys.stdout.isatty() else 120)
+    terminal = Terminal()
     cases = select_cases(options, device)
     monitor = environment.GpuMonitor() if device == "cuda" else None
     cache_bytes = int(os.environ.get("TOKENWEAVE_BENCH_CACHE_BYTES", "0")) or None  # None: what the machine reports
@@ -83,31 +82,27 @@ def main() -> int:
     env, others = environment.describe(device, monitor), environment.OtherLoad()
 
     rows: list[dict] = []
-    columns = [TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()]
-    with Progress(*columns, console=console, transient=True, disable=not sys.stdout.isatty()) as progress:
-        task = progress.add_task("limits of this machine", total=len(cases) + 1)
+    with terminal.progress(len(cases) + 1) as advance:
         limits = harness.measure_machine(machine)
-        progress.advance(task)
         for case in cases:
-            progress.update(task, description=f"{case.op} {case.case} {harness.DTYPE_NAME[case.dtype]}")
+            advance(f"{case.op} {case.case} {harness.DTYPE_NAME[case.dtype]}")
             with torch.no_grad():  # as an inference engine runs; a training case turns it on in its contestants
                 measured = harness.run_case(case, machine, BUDGET_S[options.quick], monitor)
             rows += measured
-            progress.advance(task)
-            if progress.disable:  # no terminal: a line per row, so that a log shows life
+            if not terminal.is_live:  # no bar: a line per row, so that a log shows life
                 for row in measured:
-                    console.print(row["op"], *report.cells(row, []), style="dim", highlight=False)
+                    terminal.print(" ".join([row["op"], *report.cells(row, [])]))
     env["other_load"] = others.share()
     if monitor:
         env["clocks_after"] = monitor.snapshot()
 
     doc = harness.document(env, limits, rows)
     harness.validate(doc)
-    report.print_tables(doc, console)
+    report.print_tables(doc, terminal)
     if options.json:
         options.json.parent.mkdir(parents=True, exist_ok=True)
         options.json.write_text(json.dumps(doc, indent=1) + "\n")
-        console.print(f"written: {options.json}", highlight=False)
+        terminal.print(f"written: {options.json}")
     return 0 if all(row["ok"] for row in rows) else 1
 
 

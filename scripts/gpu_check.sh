@@ -47,7 +47,7 @@ fi
 step "CUDA kernels load" cuda_loads
 step info "$python" -m tokenweave_ops.info
 step "tests on cuda" "$python" -m pytest --backend cuda -q tests/*/test_numerics.py tests/*/test_contract.py \
-  tests/*/test_compile.py tests/*/test_errors.py
+  tests/*/test_compile.py tests/*/test_errors.py tests/*/test_laws.py
 
 # Every family's contract tests (its odd sizes, strides and alignments) under each tool. Without torch's caching
 # allocator every tensor has bounds of its own (graph capture needs that allocator). initcheck must see every kernel, as each may be what initialised a word.

@@ -1,15 +1,13 @@
 """Tables, the performance page, plots and the environment block."""
 
-import io
 import json
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-from rich.console import Console
 
-from bench import environment, plot, report
+from bench import environment, plot, report, terminal
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -42,15 +40,17 @@ def test_remarks_explain_what_a_reader_must_know(doc, row):
     assert "other processes used 40 % of its cores" in lines
 
 
-def test_terminal_table_fits_120_columns(doc, row, wrong):
+@pytest.mark.parametrize("with_rich", [True, False])
+def test_terminal_table_fits_120_columns(doc, row, wrong, with_rich, monkeypatch, capsys):
     names = ["eager", "compile", "torch_rms_norm", "vllm", "flashinfer"]
     formulations, baselines = dict.fromkeys(names, "-"), dict.fromkeys(names, 123.4)
     wide = row(
         case="32768x8192", us=123456.7, us_p20=98765.4, us_p80=234567.8, baselines=baselines, formulations=formulations
     )
-    text = io.StringIO()
-    report.print_tables(doc(wide, row(**wrong)), Console(file=text, width=120))
-    printed = text.getvalue()
+    if not with_rich:
+        monkeypatch.setattr(terminal, "Console", None)
+    report.print_tables(doc(wide, row(**wrong)), terminal.Terminal())
+    printed = capsys.readouterr().out
     assert "32768x8192" in printed and "98765 - 234568" in printed and "wrong" in printed and "\u2026" not in printed
     assert max(map(len, printed.splitlines())) <= 120
 

@@ -229,7 +229,7 @@ PLANTS: dict[str, list[tuple[dict[str, str | None], str]]] = {
     ],
     "no_machine_paths": [
         ({"docs/a.md": "run /home/someone/x\n"}, "docs/a.md:1"),
-        ({"setup.py": "path = '/work/project'\n"}, "setup.py:1"),
+        ({"setup.py": "path = '/home/someone/project'\n"}, "setup.py:1"),
         ({"Makefile": "\nx:\n\tcp /root/y z\n"}, "Makefile:3"),
     ],
     "links_resolve": [

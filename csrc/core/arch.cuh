@@ -35,6 +35,15 @@
 #define TW_SITE const char *site_file = __builtin_FILE(), int site_line = __builtin_LINE()
 #define TW_HERE (::simt::Site{site_file, site_line})
 
+namespace tokenweave::inline TOKENWEAVE_BACKEND {
+struct bf16;  // numeric.cuh, which stands above this file
+struct fp16;
+#if !defined(__CUDACC__)
+template <class T>
+TW_HOST_DEVICE T from_float(float value);
+#endif
+}  // namespace tokenweave::inline TOKENWEAVE_BACKEND
+
 namespace tokenweave::inline TOKENWEAVE_BACKEND::arch {
 
 constexpr int kWarpSize = 32;
@@ -181,7 +190,7 @@ TW_DEVICE Vec16 load_streaming(const Vec16* address, [[maybe_unused]] TW_SITE) {
                : "l"(address)
                : "memory");
 #else
-  if (!::simt::peer_memory_registered) return *address;
+  if (::simt::all_memory_plain) return *address;
   ::simt::load(&v, address, 16, ::simt::Order::weak, ::simt::Scope::gpu, TW_HERE);
 #endif
   return v;
@@ -194,7 +203,7 @@ TW_DEVICE void store_streaming(Vec16* address, const Vec16& v, [[maybe_unused]] 
                "r"(v.words[1]), "r"(v.words[2]), "r"(v.words[3])
                : "memory");
 #else
-  if (!::simt::peer_memory_registered) {
+  if (::simt::all_memory_plain) {
     *address = v;
     return;
   }
@@ -346,6 +355,83 @@ TW_DEVICE void fence_acq_rel([[maybe_unused]] TW_SITE) {
     asm volatile("fence.acq_rel.sys;" ::: "memory");
 #else
   ::simt::fence(kTwinScope<scope>, TW_HERE);
+#endif
+}
+
+// ----------------------------------------------------------------------------------------------------------- multicast
+// A multicast address stands for the same bytes of every rank's buffer: the NVLink switch adds what it loads and copies
+// what it stores. Only these instructions may touch one. The order in which ranks are added or reached is unspecified.
+
+#if !defined(__CUDACC__)
+// What the switch does with the ranks' pieces: sums in fp32, one rounding, by numeric.cuh's conversions.
+template <class T>
+static void add_pieces(void* sum, const void* pieces, int num_pieces) {
+  constexpr int kElements = 16 / sizeof(T);
+  float sums[kElements];
+  for (float& sum_of_one : sums) sum_of_one = -0.0f;  // the zero that changes nothing it is added to
+  for (int piece = 0; piece < num_pieces; ++piece) {
+    T elements[kElements];
+    std::memcpy(elements, static_cast<const char*>(pieces) + 16 * piece, 16);
+    for (int i = 0; i < kElements; ++i) {
+      float value;
+      if constexpr (std::is_same_v<T, float>) {
+        value = elements[i];
+      } else {
+        value = to_float(elements[i]);
+      }
+      sums[i] += value;
+    }
+  }
+  T results[kElements];
+  for (int i = 0; i < kElements; ++i) results[i] = from_float<T>(sums[i]);
+  std::memcpy(sum, results, 16);
+}
+#endif
+
+// 16 bytes of elements T (bf16, fp16 or float), summed over all ranks in fp32 and rounded to T.
+template <class T>
+TW_DEVICE Vec16 multimem_load_add(const Vec16* multicast, [[maybe_unused]] TW_SITE) {
+  static_assert(std::is_same_v<T, bf16> || std::is_same_v<T, fp16> || std::is_same_v<T, float>);
+  Vec16 v;
+#if defined(__CUDACC__)
+  if constexpr (std::is_same_v<T, bf16>)
+    asm volatile("multimem.ld_reduce.relaxed.sys.global.add.acc::f32.v4.bf16x2 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(v.words[0]), "=r"(v.words[1]), "=r"(v.words[2]), "=r"(v.words[3])
+                 : "l"(multicast)
+                 : "memory");
+  else if constexpr (std::is_same_v<T, fp16>)
+    asm volatile("multimem.ld_reduce.relaxed.sys.global.add.acc::f32.v4.f16x2 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(v.words[0]), "=r"(v.words[1]), "=r"(v.words[2]), "=r"(v.words[3])
+                 : "l"(multicast)
+                 : "memory");
+  else
+    asm volatile("multimem.ld_reduce.relaxed.sys.global.add.v4.f32 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(v.words[0]), "=r"(v.words[1]), "=r"(v.words[2]), "=r"(v.words[3])
+                 : "l"(multicast)
+                 : "memory");
+#else
+  ::simt::multimem_load_add(&v, multicast, &add_pieces<T>, TW_HERE);
+#endif
+  return v;
+}
+
+// The same 16 bytes to every rank.
+TW_DEVICE void multimem_store(Vec16* multicast, const Vec16& v, [[maybe_unused]] TW_SITE) {
+#if defined(__CUDACC__)
+  asm volatile("multimem.st.relaxed.sys.global.v4.f32 [%0], {%1, %2, %3, %4};" ::"l"(multicast), "r"(v.words[0]),
+               "r"(v.words[1]), "r"(v.words[2]), "r"(v.words[3])
+               : "memory");
+#else
+  ::simt::multimem_store(multicast, &v, TW_HERE);
+#endif
+}
+
+// Adds to the word of every rank, after everything that this thread has stored or seen.
+TW_DEVICE void multimem_add_release(uint64_t* multicast, uint64_t value, [[maybe_unused]] TW_SITE) {
+#if defined(__CUDACC__)
+  asm volatile("multimem.red.release.sys.global.add.u64 [%0], %1;" ::"l"(multicast), "l"(value) : "memory");
+#else
+  ::simt::multimem_add_release(multicast, value, TW_HERE);
 #endif
 }
 

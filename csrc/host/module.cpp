@@ -1,5 +1,9 @@
 // The Python module `_host` (test and tool builds): the emulator's controls, launch plans, and the emulator's own
 // tests.
+#include <pybind11/stl.h>
+
+#include <vector>
+
 #include "host/bindings.h"
 #include "simt/simt.h"
 
@@ -39,6 +43,23 @@ py::dict counters() {
   return result;
 }
 
+void register_multicast(uintptr_t address, size_t bytes, const std::vector<uintptr_t>& rank_addresses) {
+  if (rank_addresses.empty() || rank_addresses.size() > simt::kMostMulticastRanks) {
+    throw std::invalid_argument("rank_addresses must name 1 to " + std::to_string(simt::kMostMulticastRanks) +
+                                " ranks");
+  }
+  uintptr_t bits = address | bytes;
+  std::vector<void*> rank_begins;
+  for (const uintptr_t rank_address : rank_addresses) {
+    bits |= rank_address;
+    rank_begins.push_back(reinterpret_cast<void*>(rank_address));
+  }
+  if (bytes == 0 || bits % 16 != 0)
+    throw std::invalid_argument("addresses and bytes must be multiples of 16, bytes at least 16");
+  simt::register_multicast(reinterpret_cast<void*>(address), bytes, rank_begins.data(),
+                           static_cast<int>(rank_begins.size()));
+}
+
 void run_group() {
   char report[900];
   bool ok;
@@ -74,6 +95,12 @@ void add_emulator(py::module_ m) {
       "unregister_peer_memory",
       [](uintptr_t address) { simt::unregister_peer_memory(reinterpret_cast<void*>(address)); }, py::arg("address"),
       py::call_guard<py::gil_scoped_release>());
+  m.def("register_multicast", &register_multicast, py::arg("address"), py::arg("bytes"), py::arg("rank_addresses"),
+        "An address range that stands for the same bytes of every rank's buffer, for multimem instructions only.",
+        py::call_guard<py::gil_scoped_release>());
+  m.def(
+      "unregister_multicast", [](uintptr_t address) { simt::unregister_multicast(reinterpret_cast<void*>(address)); },
+      py::arg("address"), py::call_guard<py::gil_scoped_release>());
   m.def("begin_group", &simt::begin_group, "Launches from here on are queued, until run_group runs them together.");
   m.def("set_rank", &simt::set_rank, py::arg("rank"), "The rank that the next queued launches belong to.");
   m.def("run_group", &run_group, "Runs what was queued; raises Fault with the report if a launch failed.");

@@ -33,6 +33,8 @@ bool run_ranks(std::vector<Rank> ranks, bool name_ranks, char* report, size_t re
   return ok || give_report(machine.report(), report, report_bytes);
 }
 
+void note_registered() { all_memory_plain = !machine.peers().any_range() && machine.multicasts().empty(); }
+
 }  // namespace
 
 bool run(const Launch& launch, std::function<void()> body, char* report, size_t report_bytes) {
@@ -74,13 +76,31 @@ void discard_group() { group.reset(); }
 void register_peer_memory(const void* begin, size_t bytes) {
   const std::lock_guard lock(machine_mutex);
   machine.peers().add_range(reinterpret_cast<uintptr_t>(begin), bytes);
-  peer_memory_registered = true;
+  note_registered();
 }
 
 void unregister_peer_memory(const void* begin) {
   const std::lock_guard lock(machine_mutex);
   machine.peers().remove_range(reinterpret_cast<uintptr_t>(begin));
-  peer_memory_registered = machine.peers().any_range();
+  note_registered();
+}
+
+void register_multicast(const void* begin, size_t bytes, void* const* rank_begins, int num_ranks) {
+  const std::lock_guard lock(machine_mutex);
+  const auto first = reinterpret_cast<uintptr_t>(begin);
+  Multicast multicast{first, first + bytes, {}};
+  for (int rank = 0; rank < num_ranks; ++rank) {
+    multicast.rank_begins.push_back(reinterpret_cast<uintptr_t>(rank_begins[rank]));
+  }
+  machine.multicasts().push_back(std::move(multicast));
+  note_registered();
+}
+
+void unregister_multicast(const void* begin) {
+  const std::lock_guard lock(machine_mutex);
+  std::erase_if(machine.multicasts(),
+                [=](const Multicast& range) { return range.begin == reinterpret_cast<uintptr_t>(begin); });
+  note_registered();
 }
 
 void set_options(const Options& options) {

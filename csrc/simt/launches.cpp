@@ -97,7 +97,7 @@ bool Machine::start_launch(Rank& rank) {
     if (rank.num_blocks > 0) {
       const uint64_t resident =
           launch.cooperative ? rank.num_blocks : std::min<uint64_t>(rank.num_blocks, options_.resident_blocks);
-      if (peer_memory_registered) {
+      if (peers_.any_range()) {
         rank.view = peers_.create_view(nullptr, rank.number, kSharedHolds);
         rank.orphans = peers_.create_view(rank.view, rank.number, kSharedHolds);
       }

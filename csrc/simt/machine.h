@@ -1,6 +1,6 @@
 // The emulator's inside: threads as fibers, gathered in warps, blocks and ranks, and the one scheduler that runs them.
-// host.cpp is the door, launches.cpp sets launches up, machine.cpp schedules, threads.cpp holds what a kernel calls,
-// report.cpp puts faults into words.
+// host.cpp is the door, launches.cpp sets launches up, machine.cpp schedules, threads.cpp and memory.cpp hold what a
+// kernel calls, report.cpp puts faults into words.
 #pragma once
 
 #include <cstdarg>
@@ -92,6 +92,12 @@ struct Rank {
   const QueuedLaunch& running() const { return launches[num_done]; }
 };
 
+// An address range behind which the same bytes of every rank's buffer stand.
+struct Multicast {
+  uintptr_t begin, end;
+  std::vector<uintptr_t> rank_begins;
+};
+
 class Machine {
  public:
   // --- host side (host.cpp holds the lock) ---
@@ -101,6 +107,7 @@ class Machine {
   const Counters& counters() const { return counters_; }
   const std::string& report() const { return report_; }
   PeerMemory& peers() { return peers_; }
+  std::vector<Multicast>& multicasts() { return multicasts_; }
 
   // --- for running threads ---
   static Fiber& me() { return *static_cast<Fiber*>(current); }
@@ -108,6 +115,10 @@ class Machine {
   void make_runnable(Warp& warp, uint32_t lanes);
   void park_me(State state, uint64_t deadline_ns, Site site);
   void yield(Site site);  // lets others run; a fault after too many switches without progress
+  // A step in which another thread may come between; a loop of these is a loop that must not hang.
+  void may_yield(uint32_t one_in, Site site) {
+    if (!me().polling && random_.one_in(one_in)) yield(site);
+  }
   void progress() { idle_switches_ = 0; }
   [[noreturn]] void fail_from_thread(Site site, const char* format, va_list arguments);
   [[noreturn]] void end_thread();
@@ -160,6 +171,7 @@ class Machine {
   StackSlab stacks_;
   Context scheduler_;
   PeerMemory peers_;
+  std::vector<Multicast> multicasts_;
   std::vector<Fiber> fibers_;  // fiber i runs on stack i
   size_t fibers_used_ = 0;     // by this launch or group
   std::vector<Rank> ranks_;

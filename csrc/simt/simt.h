@@ -51,13 +51,20 @@ SIMT_API void* shared_memory(size_t bytes, Site site);
 // outside every registered peer range are plain memory. Inside one, stores may be held back until a release orders them
 // and weak or relaxed loads may be stale until an acquire (docs/emulator.md, "The emulator's memory").
 
-SIMT_API extern bool peer_memory_registered;  // false: load and store take the inline fast path in arch.cuh
+SIMT_API extern bool all_memory_plain;  // nothing is registered: streaming accesses need not come here
 SIMT_API void load(void* destination, const void* source, size_t bytes, Order order, Scope scope, Site site);
 SIMT_API void store(void* destination, const void* source, size_t bytes, Order order, Scope scope, Site site);
 SIMT_API uint64_t compare_and_swap(void* address, size_t bytes, uint64_t expected, uint64_t desired, Order order,
                                    Scope scope, Site site);
 SIMT_API uint64_t fetch_add(void* address, size_t bytes, uint64_t value, Order order, Scope scope, Site site);
 SIMT_API void fence(Scope scope, Site site);
+
+// Through a multicast address: 16 bytes of every rank (relaxed, sys), or a 64-bit word of every rank (release, sys).
+// Ranks come in an order drawn from the seed; a kernel must give the same result in any.
+using AddPieces = void (*)(void* sum, const void* pieces, int num_pieces);  // 16 bytes each, added in this order
+SIMT_API void multimem_load_add(void* sum, const void* multicast, AddPieces add, Site site);
+SIMT_API void multimem_store(void* multicast, const void* source, Site site);
+SIMT_API void multimem_add_release(void* multicast, uint64_t value, Site site);
 
 // --- time (virtual)
 // ---------------------------------------------------------------------------------------------------
@@ -88,6 +95,12 @@ SIMT_API void discard_group();  // forgets what was queued
 
 SIMT_API void register_peer_memory(const void* begin, size_t bytes);
 SIMT_API void unregister_peer_memory(const void* begin);
+
+// [begin, begin + bytes) stands for the same bytes of every rank's buffer, and is never read or written itself (it may
+// be reserved without access). 16-byte aligned, all of it; at most kMostMulticastRanks ranks.
+constexpr int kMostMulticastRanks = 64;
+SIMT_API void register_multicast(const void* begin, size_t bytes, void* const* rank_begins, int num_ranks);
+SIMT_API void unregister_multicast(const void* begin);
 
 struct Options {
   uint64_t seed = 0;

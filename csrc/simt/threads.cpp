@@ -1,4 +1,4 @@
-// What a running kernel calls: barriers, exchanges, memory, time.
+// What a running kernel calls: barriers, exchanges, time. Memory is in memory.cpp.
 #include <algorithm>
 #include <bit>
 #include <cstring>
@@ -13,20 +13,6 @@ constexpr uint64_t kClockStepNs = 10;
 
 void must_not_poll(const Fiber& me, Site site) {
   if (me.polling) fault(site, "a poll of wait_until must not meet other threads");
-}
-
-bool is_acquire(Order order) { return order == Order::acquire || order == Order::acq_rel; }
-bool is_release(Order order) { return order == Order::release || order == Order::acq_rel; }
-
-// A step of the machine in which another thread may come between; a loop of these is a loop that must not hang.
-void may_yield(Fiber& me, uint32_t one_in, Site site) {
-  if (!me.polling && machine.random().one_in(one_in)) machine.yield(site);
-}
-
-void check_alignment(const void* address, size_t bytes, Site site) {
-  if (reinterpret_cast<uintptr_t>(address) % bytes != 0) {
-    fault(site, "address %p of a %zu-byte access is not aligned", address, bytes);
-  }
 }
 
 void merge_up(View* view) {
@@ -182,97 +168,12 @@ void* shared_memory(size_t bytes, Site site) {
   return block.shared;
 }
 
-// ------------------------------------------------------------------------------------------------------------- memory
-
-bool peer_memory_registered = false;
-
-void load(void* destination, const void* source, size_t bytes, Order order, Scope scope, Site site) {
-  Fiber& me = Machine::me();
-  check_alignment(source, bytes, site);
-  const bool peer = machine.peers().contains(reinterpret_cast<uintptr_t>(source), bytes);
-  if (order != Order::weak) {
-    may_yield(me, 8, site);
-  } else if (peer) {
-    may_yield(me, 32, site);
-  }
-  if (me.polling) {
-    me.polled_begin = std::min(me.polled_begin, reinterpret_cast<uintptr_t>(source));
-    me.polled_end = std::max(me.polled_end, reinterpret_cast<uintptr_t>(source) + bytes);
-  }
-  if (peer) {
-    machine.peers().load(machine.view_of(me), destination, reinterpret_cast<uintptr_t>(source), bytes,
-                         me.polling || is_acquire(order));
-  } else {
-    std::memcpy(destination, source, bytes);
-  }
-  if (is_acquire(order) && peer_memory_registered) machine.peers().acquire(machine.view_of(me), scope);
-}
-
-void store(void* destination, const void* source, size_t bytes, Order order, Scope scope, Site site) {
-  Fiber& me = Machine::me();
-  check_alignment(destination, bytes, site);
-  if (order != Order::weak) may_yield(me, 8, site);
-  if (is_release(order) && peer_memory_registered) machine.peers().publish(machine.view_of(me), scope);
-  if (machine.peers().contains(reinterpret_cast<uintptr_t>(destination), bytes)) {
-    machine.peers().store(machine.view_of(me), reinterpret_cast<uintptr_t>(destination), source, bytes,
-                          !is_release(order));
-  } else {
-    std::memcpy(destination, source, bytes);
-  }
-}
-
-// Replaces the newest value by change(value), whoever wrote it.
-template <class Change>
-static uint64_t read_modify_write(void* address, size_t bytes, Order order, Scope scope, Site site, Change&& change) {
-  Fiber& me = Machine::me();
-  check_alignment(address, bytes, site);
-  may_yield(me, 8, site);
-  PeerMemory& peers = machine.peers();
-  const auto where = reinterpret_cast<uintptr_t>(address);
-  if (me.polling) {
-    me.polled_begin = std::min(me.polled_begin, where);
-    me.polled_end = std::max(me.polled_end, where + bytes);
-  }
-  if (is_release(order) && peer_memory_registered) peers.publish(machine.view_of(me), scope);
-  const bool peer = peers.contains(where, bytes);
-  if (peer) peers.settle(machine.view_of(me), where, bytes);
-  uint64_t old = 0;
-  std::memcpy(&old, address, bytes);
-  const uint64_t desired = change(old);
-  if (peer) {
-    // Written even if equal: the thread has then seen the newest value.
-    peers.store(machine.view_of(me), where, &desired, bytes, false);
-  } else {
-    std::memcpy(address, &desired, bytes);
-  }
-  if (is_acquire(order) && peer_memory_registered) peers.acquire(machine.view_of(me), scope);
-  return old;
-}
-
-uint64_t compare_and_swap(void* address, size_t bytes, uint64_t expected, uint64_t desired, Order order, Scope scope,
-                          Site site) {
-  return read_modify_write(address, bytes, order, scope, site,
-                           [=](uint64_t old) { return old == expected ? desired : old; });
-}
-
-uint64_t fetch_add(void* address, size_t bytes, uint64_t value, Order order, Scope scope, Site site) {
-  return read_modify_write(address, bytes, order, scope, site, [=](uint64_t old) { return old + value; });
-}
-
-void fence(Scope scope, Site site) {
-  Fiber& me = Machine::me();
-  may_yield(me, 8, site);
-  if (!peer_memory_registered) return;
-  machine.peers().publish(machine.view_of(me), scope);
-  machine.peers().acquire(machine.view_of(me), scope);
-}
-
 // --------------------------------------------------------------------------------------------------------------- time
 
 uint64_t now_ns() {
   Fiber& me = Machine::me();
   machine.advance_time(kClockStepNs);  // so that a loop that only waits for a time gets there
-  may_yield(me, 8, me.site);
+  machine.may_yield(8, me.site);
   return machine.time_ns();
 }
 

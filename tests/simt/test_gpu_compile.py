@@ -10,6 +10,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 INSTANTIATIONS = """
 #include "barriers.cuh"
+#include "multimem.cuh"
 #include "signals.cuh"
 #include "vocabulary.cuh"
 namespace tokenweave::TOKENWEAVE_BACKEND::test_kernels {
@@ -20,6 +21,9 @@ template __global__ void widen<bf16>(const bf16*, float*, int64_t);
 template __global__ void widen<fp16>(const fp16*, float*, int64_t);
 template __global__ void narrow<bf16>(const float*, bf16*, int64_t);
 template __global__ void narrow<fp16>(const float*, fp16*, int64_t);
+template __global__ void load_add<bf16>(const Vec16*, Vec16*);
+template __global__ void load_add<fp16>(const Vec16*, Vec16*);
+template __global__ void load_add<float>(const Vec16*, Vec16*);
 template __global__ void memory_ops<uint32_t>(uint32_t*, const int32_t*, const int32_t*, const uint32_t*,
                                               const uint32_t*, uint32_t*, int32_t, bool);
 template __global__ void memory_ops<uint64_t>(uint64_t*, const int32_t*, const int32_t*, const uint64_t*,

@@ -14,7 +14,7 @@ CPP_FILES = $(shell find csrc tests -name '*.h' -o -name '*.cuh' -o -name '*.cu'
 
 .PHONY: help demo test bench build lint format sanitize gpu-check check-oldest check-cpu-torch clean
 help:
-	@echo "make demo             a small transformer on real text, eager against our kernels; then the bench and its plot"
+	@echo "make demo             a small transformer on real text, eager against our ops, alone and on two ranks; then the bench"
 	@echo "make test             the whole test suite"
 	@echo "make bench            the benchmarks of this machine's CPU"
 	@echo "make lint | format    ruff and clang-format: check | rewrite"

@@ -21,5 +21,5 @@ cp -r tests bench pyproject.toml "$copy"
 cd "$copy"
 "$python" -m tokenweave_ops.info
 echo "==> running the CPU tests of the installed package"
-"$python" -m pytest --backend cpu -q tests/*/test_numerics.py tests/*/test_contract.py \
-  tests/*/test_compile.py tests/*/test_errors.py tests/packaging/test_info.py tests/packaging/test_loading.py
+"$python" -m pytest --backend cpu -q tests/*/test_*numerics.py tests/*/test_*contract.py \
+  tests/*/test_*compile.py tests/*/test_*errors.py tests/*/test_processes.py tests/packaging/test_info.py tests/packaging/test_loading.py

@@ -46,8 +46,8 @@ else
 fi
 step "CUDA kernels load" cuda_loads
 step info "$python" -m tokenweave_ops.info
-step "tests on cuda" "$python" -m pytest --backend cuda -q tests/*/test_numerics.py tests/*/test_contract.py \
-  tests/*/test_compile.py tests/*/test_errors.py tests/*/test_laws.py
+step "tests on cuda" "$python" -m pytest --backend cuda -q tests/*/test_*numerics.py tests/*/test_*contract.py \
+  tests/*/test_*compile.py tests/*/test_*errors.py tests/*/test_laws.py
 
 # Every family's contract tests (its odd sizes, strides and alignments) under each tool. Without torch's caching
 # allocator every tensor has bounds of its own (graph capture needs that allocator). initcheck must see every kernel, as each may be what initialised a word.
@@ -60,8 +60,9 @@ for tool in memcheck racecheck synccheck initcheck; do
   options=(--kernel-name kernel_substring=backend_cuda)
   [ "$tool" = initcheck ] && options=()
   [ "$tool" = memcheck ] && options+=(--report-api-errors no)  # torch probes the driver with calls that may fail
-  step "$tool" env PYTORCH_NO_CUDA_MEMORY_CACHING=1 timeout 600 "$sanitizer" --tool "$tool" --error-exitcode 7 \
-    "${options[@]}" "$python" -m pytest --backend cuda -q -x -p no:cacheprovider -k "not graph" tests/*/test_contract.py
+  # Deadlines are longer by the factor that kernels are slower.
+  step "$tool" env PYTORCH_NO_CUDA_MEMORY_CACHING=1 TOKENWEAVE_TIMEOUT_SCALE=20 timeout 600 "$sanitizer" --tool "$tool" --error-exitcode 7 \
+    "${options[@]}" "$python" -m pytest --backend cuda -q -x -p no:cacheprovider -k "not graph" tests/*/test_*contract.py
 done
 
 mkdir -p "$results/$device"

@@ -19,7 +19,7 @@ export ASAN_OPTIONS=detect_leaks=0:halt_on_error=1:log_path=$report
 export UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1:log_path=$report
 echo "==> running the emulated tests"
 status=0
-LD_PRELOAD=$runtimes "$python" -m pytest --backend simt -q tests/simt tests/*/test_numerics.py tests/*/test_contract.py ||
+LD_PRELOAD=$runtimes "$python" -m pytest --backend simt -q tests/simt tests/*/test_*numerics.py tests/*/test_*contract.py ||
   status=$?
 cat "$report".* 2>/dev/null || true
 exit "$status"

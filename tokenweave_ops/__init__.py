@@ -13,10 +13,37 @@ except ModuleNotFoundError:
     raise ImportError("tokenweave_ops needs torch >= 2.11: pip install torch") from None
 
 from tokenweave_ops import _library, template_op  # noqa: F401  (template_op defines its op; it is not re-exported)
-from tokenweave_ops.allreduce_rmsnorm import add_rms_norm_, add_rms_norm_train, rms_norm, rms_norm_train
+from tokenweave_ops._workspace import CommunicationError, CommunicationTimeout, PeerLost, RankDisagreement, Workspace
+from tokenweave_ops.allreduce_rmsnorm import (
+    add_rms_norm_,
+    add_rms_norm_train,
+    allreduce,
+    allreduce_,
+    allreduce_rmsnorm,
+    allreduce_rmsnorm_,
+    gather_residual_,
+    rms_norm,
+    rms_norm_train,
+)
 
 _library.load_libraries()
 
 __version__ = "0.1.0"
 
-__all__ = ["__version__", "add_rms_norm_", "add_rms_norm_train", "rms_norm", "rms_norm_train"]
+__all__ = [
+    "CommunicationError",
+    "CommunicationTimeout",
+    "PeerLost",
+    "RankDisagreement",
+    "Workspace",
+    "__version__",
+    "add_rms_norm_",
+    "add_rms_norm_train",
+    "allreduce",
+    "allreduce_",
+    "allreduce_rmsnorm",
+    "allreduce_rmsnorm_",
+    "gather_residual_",
+    "rms_norm",
+    "rms_norm_train",
+]

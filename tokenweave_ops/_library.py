@@ -10,7 +10,7 @@ from __future__ import annotations
 import ctypes
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
@@ -166,6 +166,37 @@ def load_libraries() -> None:
 def status() -> dict[str, str]:
     """Backend -> "loaded" or why not, for the backends asked for so far."""
     return dict(_status)
+
+
+class InterruptPoll:
+    """What a waiting kernel calls now and then so that signal handlers can run, Ctrl-C above all.
+
+    ``address`` is a C function that returns nonzero once a handler has raised; :meth:`take` gives what it raised. A
+    generator is polled, not a function: the interpreter runs handlers while it enters a frame, which for a function is
+    before any `try` of it.
+    """
+
+    def __init__(self):
+        self._raised: list[BaseException] = []
+        poll = self._polls()
+        next(poll)
+        self._function = ctypes.CFUNCTYPE(ctypes.c_int32)(poll.__next__)
+        self.address = ctypes.cast(self._function, ctypes.c_void_p).value
+
+    def _polls(self) -> Iterator[int]:
+        result = 0
+        while True:
+            try:
+                yield result
+                result = 0
+            except GeneratorExit:
+                raise
+            except BaseException as error:
+                self._raised.append(error)
+                result = 1
+
+    def take(self) -> BaseException | None:
+        return self._raised.pop() if self._raised else None
 
 
 # Not an op for users: the floor that the cost of a call is measured against (bench, case "overhead").

@@ -1,6 +1,12 @@
-"""Family allreduce_rmsnorm: RMSNorm and fused residual add + RMSNorm (the world_size = 1 members of the family).
+"""Family allreduce_rmsnorm: RMSNorm, residual add + RMSNorm, and both fused with the sum over ranks before them.
 
 Numeric contract, met by every backend:
+
+- Sum over ranks (``allreduce*``): ``s = round(sum)``, added in fp32, rounded once to the element type. With the peer
+  transport the order of the additions is that of the ranks (0, 1, 2, ...), so the bits are the same in every run, on
+  every backend, whatever ``max_ctas`` and the other rows. With multimem the switch chooses the order: s may differ in
+  the last place between runs. Either way one rank computes a row and hands it to the others: all ranks hold the same
+  bits. ``h = round(s + residual)`` then takes the place of the first line below.
 
 - ``h = round(x + residual)``: added in fp32, rounded once to the element type (nearest even). The norm is of this
   rounded ``h``, the value the next layer will read.
@@ -27,6 +33,7 @@ import torch
 from torch import Tensor, is_grad_enabled
 
 from tokenweave_ops._library import define_op
+from tokenweave_ops._workspace import Workspace
 
 # ---------------------------------------------------------------------------------------------- schemas, fake kernels
 
@@ -112,6 +119,29 @@ define_op(
     backward=_refuse_second_derivative,
 )
 
+define_op(
+    "allreduce_rmsnorm_(Tensor(a!) x, Tensor(b!) residual, Tensor weight, Tensor(c!) token, int workspace, float eps,"
+    " float weight_bias, int residual_mode, int channel, int max_ctas) -> ()",
+    fake=lambda x, *_: None,
+)
+define_op(
+    "allreduce_rmsnorm(Tensor x, Tensor(a!) residual, Tensor weight, Tensor(b!) token, int workspace, float eps,"
+    " float weight_bias, int residual_mode, int channel, int max_ctas) -> Tensor",
+    fake=lambda x, *_: _empty_like_rows(x),
+)
+define_op(
+    "allreduce_(Tensor(a!) x, Tensor(b!) token, int workspace, int channel, int max_ctas) -> ()",
+    fake=lambda x, *_: None,
+)
+define_op(
+    "allreduce(Tensor x, Tensor(a!) token, int workspace, int channel, int max_ctas) -> Tensor",
+    fake=lambda x, *_: _empty_like_rows(x),
+)
+define_op(
+    "gather_residual_(Tensor(a!) residual, Tensor(b!) token, int workspace, int channel, int max_ctas) -> ()",
+    fake=lambda residual, *_: None,
+)
+
 # torch.autograd.graph.increment_version without its isinstance check, which costs more than the rest of the checks.
 _increment_versions = torch._C._increment_version
 
@@ -121,6 +151,11 @@ _rms_norm_out = torch.ops.tokenweave.rms_norm_out.default
 _add_rms_norm_ = torch.ops.tokenweave.add_rms_norm_.default
 _rms_norm_train = torch.ops.tokenweave.rms_norm_train.default
 _add_rms_norm_train = torch.ops.tokenweave.add_rms_norm_train.default
+_allreduce_rmsnorm_ = torch.ops.tokenweave.allreduce_rmsnorm_.default
+_allreduce_rmsnorm = torch.ops.tokenweave.allreduce_rmsnorm.default
+_allreduce_ = torch.ops.tokenweave.allreduce_.default
+_allreduce = torch.ops.tokenweave.allreduce.default
+_gather_residual_ = torch.ops.tokenweave.gather_residual_.default
 
 
 def _refuse_grad(op: str, training_op: str) -> None:
@@ -213,3 +248,131 @@ def add_rms_norm_train(
     """
     y, h, _rstd = _add_rms_norm_train(x, residual, weight, eps, weight_bias)
     return y, h
+
+
+# ------------------------------------------------------------------------------------------------------ over the ranks
+
+_RESIDUAL_MODES = {"sharded": 0, "replicated": 1}
+
+
+def _check_collective(op: str, workspace: Workspace, *tensors: Tensor) -> None:
+    if not isinstance(workspace, Workspace):
+        raise TypeError(f"{op}: workspace must be a tokenweave_ops.Workspace, got {type(workspace).__name__}")
+    if is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
+        raise RuntimeError(
+            f"{op}: an input requires grad, but collective ops have no gradient; call it under torch.no_grad()"
+        )
+
+
+def _residual_mode(op: str, name: str) -> int:
+    mode = _RESIDUAL_MODES.get(name)
+    if mode is None:
+        raise ValueError(f"{op}: residual_mode must be 'sharded' or 'replicated', got {name!r}")
+    return mode
+
+
+def allreduce_rmsnorm_(
+    x: Tensor,
+    residual: Tensor,
+    weight: Tensor,
+    workspace: Workspace,
+    eps: float = 1e-6,
+    *,
+    weight_bias: float = 0.0,
+    residual_mode: str = "sharded",
+    channel: int = 0,
+    max_ctas: int = 0,
+) -> None:
+    """Sum over ranks, residual add and RMSNorm, in place and without a copy: ``h = sum(x over ranks) + residual``, then
+    ``x <- rms_norm(h)`` on every rank.
+
+    The tail of every row-parallel layer. Each rank reduces, adds and norms only the rows it owns and hands the result
+    to all, so the norm costs 1/world_size of what it costs after an ordinary all-reduce. Rank r owns a contiguous
+    range of rows; the first ``num_tokens % world_size`` ranks own one more. Collective: every rank calls it, in the
+    same order per channel. Numerics: the module's contract. No gradient.
+
+    Args:
+        x: ``[..., hidden]``, contiguous, inside the workspace's buffer (:meth:`Workspace.empty`, or rows of it) at
+        the same
+            place on every rank: this rank's partial sums, overwritten by the result. bf16, fp16 or fp32; hidden a
+            multiple of 8 up to 16,384; any number of tokens, 0 and fewer than ranks included.
+        residual: shape, dtype and device of x, rows at one stride and on 16-byte boundaries, apart from x.
+            ``residual_mode="sharded"``: only the rows this rank owns are read, and become h; the others are left
+            alone and go stale, until :func:`gather_residual_`. ``"replicated"``: all rows are read and become h on
+            every rank, for code that knows nothing of ownership; every rank then adds and norms all rows.
+        weight: ``[hidden]``, contiguous and 16-byte aligned, dtype and device of x.
+        workspace: its channel ``channel`` must be free.
+        eps, weight_bias: as in :func:`rms_norm`.
+        max_ctas: on a GPU the blocks per rank at most, 1 to 128; 0 means 16. The result does not depend on it. Not
+        used on a
+            CPU, where torch's thread pool does the work.
+
+    With virtual ranks x and residual are ``[world_size, num_tokens, hidden]``.
+
+    Raises:
+        RuntimeError, ValueError: an argument does not fit. Nothing has been written on any rank; the others get
+        RankDisagreement. CommunicationTimeout, RankDisagreement, PeerLost: see :class:`Workspace`.
+
+    Source: TokenWeave, arXiv 2505.11329, sections on the fused kernel; rounding and ownership differ, see the contract.
+    """
+    op = "allreduce_rmsnorm_"
+    _check_collective(op, workspace, x, residual, weight)
+    mode = _residual_mode(op, residual_mode)
+    workspace.call(
+        _allreduce_rmsnorm_,
+        x, residual, weight, workspace.token, workspace.id, eps, weight_bias, mode, channel, max_ctas,
+    )  # fmt: skip
+    _increment_versions((x, residual))
+
+
+def allreduce_rmsnorm(
+    x: Tensor,
+    residual: Tensor,
+    weight: Tensor,
+    workspace: Workspace,
+    eps: float = 1e-6,
+    *,
+    weight_bias: float = 0.0,
+    residual_mode: str = "sharded",
+    channel: int = 0,
+    max_ctas: int = 0,
+) -> Tensor:
+    """:func:`allreduce_rmsnorm_` for an x that lies anywhere; returns the normed sum and leaves x alone.
+
+    For compiled code, where a compiler may move tensors: x is copied into the workspace's staging by the same launch,
+    the result is copied out. The residual is still updated in place. Bits, other arguments and errors are those of
+    :func:`allreduce_rmsnorm_`; x may be strided like that of :func:`rms_norm`, and must fit the staging.
+    """
+    op = "allreduce_rmsnorm"
+    _check_collective(op, workspace, x, residual, weight)
+    mode = _residual_mode(op, residual_mode)
+    y = workspace.call(
+        _allreduce_rmsnorm,
+        x, residual, weight, workspace.token, workspace.id, eps, weight_bias, mode, channel, max_ctas,
+    )  # fmt: skip
+    _increment_versions((residual,))
+    return y
+
+
+def allreduce_(x: Tensor, workspace: Workspace, *, channel: int = 0, max_ctas: int = 0) -> None:
+    """Sum over ranks in place: ``x <- round(sum of x over ranks)``. x as in :func:`allreduce_rmsnorm_`."""
+    _check_collective("allreduce_", workspace, x)
+    workspace.call(_allreduce_, x, workspace.token, workspace.id, channel, max_ctas)
+    _increment_versions((x,))
+
+
+def allreduce(x: Tensor, workspace: Workspace, *, channel: int = 0, max_ctas: int = 0) -> Tensor:
+    """Sum over ranks of an x that lies anywhere, as a new tensor. x as in :func:`allreduce_rmsnorm`."""
+    _check_collective("allreduce", workspace, x)
+    return workspace.call(_allreduce, x, workspace.token, workspace.id, channel, max_ctas)
+
+
+def gather_residual_(residual: Tensor, workspace: Workspace, *, channel: int = 0, max_ctas: int = 0) -> None:
+    """Makes a sharded residual whole: every rank gets the rows that the others own.
+
+    For what reads the residual outside the fused chain: a pipeline stage's boundary, a draft model, a debugger. Goes
+    through the workspace's staging. residual as in :func:`allreduce_rmsnorm_`.
+    """
+    _check_collective("gather_residual_", workspace, residual)
+    workspace.call(_gather_residual_, residual, workspace.token, workspace.id, channel, max_ctas)
+    _increment_versions((residual,))

@@ -5,49 +5,12 @@
 // second), so that memory is never idle while they work on cached data: 82 % of an in-place read-modify-write became
 // 103 % by that (add, 1024x8192 bf16, cold; 2 threads of a Xeon model 207, 2026-11-22).
 #include "allreduce_rmsnorm/rms_norm.h"
+#include "allreduce_rmsnorm/rms_norm_rows.h"
 #include "core/cpu.h"
 
 namespace tokenweave::inline TOKENWEAVE_BACKEND::inline TOKENWEAVE_ISA {
 
 namespace {
-
-// h = round(x + residual) is stored on the way; without a residual h is x and nothing is stored.
-template <class T, bool kHasResidual>
-TW_CPU float sum_of_squares(const T* x, const T* residual, T* h, int64_t hidden, const T* next_x) {
-  // A lane adds up 32 squares, then the lanes' sums are added with compensation. Adding up to 2,048 squares in a row,
-  // as one level would, loses digits that torch keeps, most of all in rows of nearly equal squares.
-  Lanes total{}, lost{}, sum{};
-  const auto fold = [&]() __attribute__((always_inline)) {
-    const Lanes next = total + sum;
-    lost = lost + ((total - next) + sum);
-    total = next;
-    sum = Lanes{};
-  };
-  for_each_vector(hidden, [&](int64_t i, auto load, auto store) {
-    __builtin_prefetch(next_x + i, 0, 2);
-    if (i % (32 * kLanes) == 0) fold();
-    Lanes value = load(x);
-    if constexpr (kHasResidual) {
-      store(h, value + load(residual));
-      value = load(static_cast<const T*>(h));  // the norm is of the rounded sum
-    }
-    sum = sum + value * value;
-  });
-  fold();
-  const float plain = sum_lanes(total);
-  return std::isfinite(plain) ? sum_lanes(total + lost) : plain;  // infinity - infinity is lost as NaN
-}
-
-// y = round(h * rstd * (weight + weight_bias)).
-template <class T>
-TW_CPU void scale(const T* h, const T* weight, T* y, int64_t hidden, float rstd, float weight_bias,
-                  const T* wanted_next) {
-  const Lanes factor = broadcast(rstd), bias = broadcast(weight_bias);
-  for_each_vector(hidden, [&](int64_t i, auto load, auto store) {
-    __builtin_prefetch(wanted_next + i, 0, 2);
-    store(y, load(h) * factor * (load(weight) + bias));
-  });
-}
 
 template <class T, bool kHasResidual>
 TW_CPU void normalize_rows(const RmsNormParams& p, int64_t begin, int64_t end) {
@@ -59,12 +22,24 @@ TW_CPU void normalize_rows(const RmsNormParams& p, int64_t begin, int64_t end) {
   };
   for (int64_t row = begin; row < end; ++row) {
     const T* x = x_row(row);
+    const T* residual = residual_row(row);
     T* h = kHasResidual ? static_cast<T*>(p.h) + p.h_rows.offset(row) : const_cast<T*>(x);
+    T* y = y_row(row);
     const int64_t next = row + 1 < end ? row + 1 : row;
-    const float sum = sum_of_squares<T, kHasResidual>(x, residual_row(row), h, p.hidden, x_row(next));
-    const float rstd = 1.0f / std::sqrt(sum / static_cast<float>(p.hidden) + p.eps);
-    scale(h, static_cast<const T*>(p.weight), y_row(row), p.hidden, rstd, p.weight_bias,
-          kHasResidual ? residual_row(next) : y_row(next));
+    const T* next_x = x_row(next);
+    const T* next_other = kHasResidual ? residual_row(next) : y_row(next);
+    const float sum = sum_of_squares(p.hidden, [&](int64_t i, auto load, auto store) __attribute__((always_inline)) {
+      __builtin_prefetch(next_x + i, 0, 2);
+      if constexpr (!kHasResidual) return load(x);
+      store(h, load(x) + load(residual));
+      return load(static_cast<const T*>(h));  // the norm is of the rounded sum
+    });
+    const float rstd = rstd_of(sum, p.hidden, p.eps);
+    scale(h, static_cast<const T*>(p.weight), p.hidden, rstd, p.weight_bias,
+          [&](int64_t i, auto store, const Lanes& value) __attribute__((always_inline)) {
+            __builtin_prefetch(next_other + i, 0, 2);
+            store(y, value);
+          });
     if (p.rstd != nullptr) p.rstd[row] = rstd;
   }
 }

@@ -1,25 +1,15 @@
 // rms_norm, rms_norm_out, add_rms_norm_ and their training forms: argument checks, allocation, one call of the
 // contract.
-#include <cmath>
 #include <utility>
 
+#include "allreduce_rmsnorm/norm_torch.h"
 #include "allreduce_rmsnorm/rms_norm.h"
-#include "torch/check.h"
 #include "torch/registry.h"
 #include "torch/rows.h"
 
 namespace tokenweave::inline TOKENWEAVE_BACKEND {
 
 namespace {
-
-void check_scalars(const char* op, double eps, double weight_bias) {
-  if (!(eps >= 0.0) || !std::isfinite(eps)) {
-    raise(std::string(op) + ": eps must be finite and at least 0, got " + shortest(eps));
-  }
-  if (!std::isfinite(static_cast<float>(weight_bias))) {
-    raise(std::string(op) + ": weight_bias must be finite in fp32, got " + shortest(weight_bias));
-  }
-}
 
 // What every form shares: x, weight and the scalars.
 RmsNormParams check_inputs(const char* op, const TensorInfo& x, const TensorInfo& weight, double eps,

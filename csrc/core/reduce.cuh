@@ -15,20 +15,35 @@ TW_DEVICE float warp_sum(float value) {
   return value;
 }
 
-struct BlockSumStorage {
-  arch::Array<float, 32> warp_sums;
+template <int kCount>
+struct BlockSumsStorage {
+  arch::Array<float, 32 * kCount> warp_sums;
 };
+using BlockSumStorage = BlockSumsStorage<1>;
 
-// All threads of the block, a multiple of 32 of them, must call it. Two barriers: the second lets the storage be
-// reused.
-TW_DEVICE float block_sum(float value, BlockSumStorage& storage) {
+// Several sums for the price of one: all threads of the block, a multiple of 32 of them, must call it. Two barriers:
+// the second lets the storage be reused.
+template <int kCount>
+TW_DEVICE void block_sums(float (&values)[kCount], BlockSumsStorage<kCount>& storage) {
   const int num_warps = static_cast<int>(blockDim.x * blockDim.y) / arch::kWarpSize;
-  value = warp_sum(value);
-  if (arch::lane_index() == 0) storage.warp_sums[arch::warp_index()] = value;
+#pragma unroll
+  for (int i = 0; i < kCount; ++i) values[i] = warp_sum(values[i]);
+  if (arch::lane_index() == 0) {
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) storage.warp_sums[arch::warp_index() * kCount + i] = values[i];
+  }
   arch::sync_block();
-  value = warp_sum(arch::lane_index() < num_warps ? storage.warp_sums[arch::lane_index()] : 0.0f);
+#pragma unroll
+  for (int i = 0; i < kCount; ++i) {
+    values[i] = warp_sum(arch::lane_index() < num_warps ? storage.warp_sums[arch::lane_index() * kCount + i] : 0.0f);
+  }
   arch::sync_block();
-  return value;
+}
+
+TW_DEVICE float block_sum(float value, BlockSumStorage& storage) {
+  float values[1] = {value};
+  block_sums<1>(values, storage);
+  return values[0];
 }
 
 }  // namespace tokenweave::inline TOKENWEAVE_BACKEND

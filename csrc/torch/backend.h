@@ -23,6 +23,13 @@ inline constexpr const char* kOpNamespace = "tokenweave_simt";
 inline constexpr const char* kOpNamespace = "tokenweave";
 #endif
 
+// Whether a launcher's work is done when it returns; else it may only have been queued.
+#if defined(TOKENWEAVE_BACKEND_CPU)
+inline constexpr bool kReturnsWhenDone = true;
+#else
+inline constexpr bool kReturnsWhenDone = false;
+#endif
+
 #if defined(TOKENWEAVE_BACKEND_CUDA)
 inline constexpr const char* kDispatchKey = "CUDA";
 

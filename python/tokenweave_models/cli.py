@@ -26,6 +26,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except UserError as error:
         print(f"tokenweave: {error}", file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        print("tokenweave: interrupted", file=sys.stderr)
+        return 130
     return 0
 
 

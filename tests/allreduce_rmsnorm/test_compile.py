@@ -5,7 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from tokenweave_ops import allreduce_rmsnorm as family
+from tokenweave_ops import testing
+
+family = testing.family("allreduce_rmsnorm")
 
 
 def sample_inputs(backend, dtype=torch.bfloat16):

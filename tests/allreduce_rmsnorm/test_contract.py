@@ -10,8 +10,9 @@ import sys
 import pytest
 import torch
 
-from tokenweave_ops import allreduce_rmsnorm as family
 from tokenweave_ops import testing
+
+family = testing.family("allreduce_rmsnorm")
 
 BF16 = torch.bfloat16
 

@@ -7,7 +7,10 @@ import re
 import pytest
 import torch
 
-from tokenweave_ops import allreduce_rmsnorm as family
+from tokenweave_ops import testing
+
+family = testing.family("allreduce_rmsnorm")
+
 
 pytestmark = pytest.mark.no_launch
 

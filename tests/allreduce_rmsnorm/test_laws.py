@@ -5,11 +5,13 @@ from __future__ import annotations
 import pytest
 import torch
 
-from tokenweave_ops import allreduce_rmsnorm as family
-
 pytest.importorskip("hypothesis")
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+
+from tokenweave_ops import testing
+
+family = testing.family("allreduce_rmsnorm")
 
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
 

@@ -5,9 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
-from tokenweave_ops import allreduce_rmsnorm as family
 from tokenweave_ops import testing
 from tokenweave_ops.reference import allreduce_rmsnorm as reference
+
+family = testing.family("allreduce_rmsnorm")
 
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
 

@@ -28,7 +28,7 @@ def includes(path: Path) -> list[tuple[int, str]]:
 
 
 def is_glue(path: str) -> bool:
-    return path.startswith("torch/") or path.endswith("_torch.cpp")
+    return path.startswith("torch/") or path.endswith(("_torch.cpp", "_torch.h"))
 
 
 def is_host(path: str) -> bool:

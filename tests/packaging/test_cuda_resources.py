@@ -1,10 +1,14 @@
 """What ptxas said of each kernel: no spills, no local memory, registers within the budget stated above the kernel.
 
-A budget is the comment `// registers: <= N` above a TW_KERNEL in a family's .cuh. .ci/run runs this file by itself.
+A budget is the comment `// registers: <= N` above a TW_KERNEL in a family. Then what the sm_90 code holds: instructions
+that a kernel is there for. .ci/run runs this file by itself.
 """
 
 import os
 import re
+import shutil
+import subprocess
+import sysconfig
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -44,7 +48,7 @@ def parse_budgets(text: str) -> dict[str, int | None]:
 
 def budgets() -> dict[str, int | None]:
     found: dict[str, int | None] = {}
-    for path in sorted((ROOT / "csrc").glob("*/*.cuh")):
+    for path in sorted((ROOT / "csrc").glob("*/*.cu*")):
         if path.parent.name != "core":
             found |= parse_budgets(path.read_text())
     return found
@@ -81,6 +85,52 @@ def test_kernels_stay_within_their_budgets(request):
     compiled = " ".join(usage.entry for usage in hopper)
     missing = [name for name in allowed if name not in compiled]
     assert not missing, f"no sm_90 code was reported for {missing}"
+
+
+# ------------------------------------------------------------------------------------------------------ instructions
+
+
+def find_tool(name: str) -> str | None:
+    """From the toolkit, or from the package of that name on PyPI (requirements/dev.txt)."""
+    for site in (sysconfig.get_path("purelib"), sysconfig.get_path("platlib")):
+        for path in sorted(Path(site).glob(f"nvidia/*/bin/{name}")):
+            return str(path)
+    return shutil.which(name)
+
+
+@pytest.fixture
+def machine_code(request):
+    """machine_code("family/op.cu"): its sm_90 code as text, one instruction a line."""
+    asked = os.environ.get("TOKENWEAVE_CUDA") == "1"
+    directory = request.getfixturevalue("cmake_directory") / "cuda"
+    tools = find_tool("cuobjdump"), find_tool("nvdisasm")
+    if not directory.is_dir() or None in tools:
+        assert not asked, f"TOKENWEAVE_CUDA=1, but there are no objects in {directory} or no cuobjdump and nvdisasm"
+        pytest.skip("no CUDA kernels were built here, or cuobjdump and nvdisasm are missing")
+    path = os.pathsep.join([*(str(Path(tool).parent) for tool in tools), os.environ.get("PATH", "")])
+
+    def disassemble(name: str) -> str:
+        command = [tools[0], "-sass", "-arch", "sm_90", str(directory / f"{name}.o")]
+        return subprocess.run(
+            command, env=os.environ | {"PATH": path}, check=True, capture_output=True, text=True
+        ).stdout
+
+    return disassemble
+
+
+@pytest.mark.parametrize(("dtype", "reduction"), [("bf16", "F32ADD.BF16"), ("fp16", "F32ADD.F16"), ("fp32", "ADD.F32")])
+def test_collectives_use_the_switch(machine_code, dtype, reduction):
+    """multimem.ld_reduce with fp32 additions, multimem.st, multimem.red; 16-byte loads and stores for peers."""
+    code = machine_code(f"allreduce_rmsnorm/allreduce.{dtype}.cu")
+    for instruction in (
+        rf"LDGMC\.E\.{reduction}",
+        r"STG\.E\.128\.STRONG\.SYS",
+        r"REDG\.E\.ADD\.64\.STRONG\.SYS",
+        r"LDG\.E\.NA\.128",
+        r"STG\.E\.NA\.128",
+    ):
+        assert re.search(rf"\b{instruction}", code), f"no {instruction} in the code for {dtype}"
+    assert not re.search(r"\b(LDL|STL)\b", code), "local memory"
 
 
 # ------------------------------------------------------------------------------------------- the check can fail

@@ -8,11 +8,11 @@ import torch
 
 
 class Stopwatch:
-    """Sums the time of every `measure()` block: wall clock on a CPU, stream events on a GPU (read after the pass)."""
+    """Takes the time of every `measure()` block: wall clock on a CPU, stream events on a GPU (read after the pass)."""
 
     def __init__(self, device: torch.device):
         self._is_cuda = device.type == "cuda"
-        self._seconds = 0.0
+        self._seconds: list[float] = []
         self._events: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
 
     @contextmanager
@@ -26,9 +26,13 @@ class Stopwatch:
         else:
             begin_s = perf_counter()
             yield
-            self._seconds += perf_counter() - begin_s
+            self._seconds.append(perf_counter() - begin_s)
 
-    def total_ms(self) -> float:
+    def each_ms(self) -> list[float]:
         if self._is_cuda:
             torch.cuda.synchronize()
-        return self._seconds * 1e3 + sum(begin.elapsed_time(end) for begin, end in self._events)
+            return [begin.elapsed_time(end) for begin, end in self._events]
+        return [seconds * 1e3 for seconds in self._seconds]
+
+    def total_ms(self) -> float:
+        return sum(self.each_ms())

@@ -1,7 +1,7 @@
-"""`tokenweave demo`: one decoder, real text, eager add + norm against the fused op, and then this machine's bench.
+"""`tokenweave demo`: one decoder on real text, eager against fused, in one process and tensor-parallel; then the bench.
 
 The weights are random, so the text is not continued sensibly; what is compared is arithmetic and time. A float64 run of
-the same weights says which of the two is closer to the truth.
+the same weights says which form is closer to the truth.
 """
 
 import argparse
@@ -23,30 +23,16 @@ import tokenweave_ops
 from tokenweave_models.common.console import console, print_table, progress
 from tokenweave_models.common.corpus import find_checkout, project_text
 from tokenweave_models.common.errors import UserError
-from tokenweave_models.common.stopwatch import Stopwatch
 from tokenweave_models.common.tokenizer import ByteTokenizer
-from tokenweave_models.tokenweave.model import MODES, Decoder, ModelConfig, Norms, random_decoder
+from tokenweave_models.tokenweave import demo_ranks
+from tokenweave_models.tokenweave.model import MODES, Decoder, ModelConfig, random_decoder
+from tokenweave_models.tokenweave.timing import timed_pass
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 WARM_UP_PASSES = 1
 # Passes stop early on a slow machine, once each mode has a median worth the name.
 MIN_PASSES = 3
 PASSES_BUDGET_S = 20.0
-
-
-class TimedNorms:
-    """Passes calls on to another Norms and times them."""
-
-    def __init__(self, norms: Norms, stopwatch: Stopwatch):
-        self.norms, self.stopwatch = norms, stopwatch
-
-    def first(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
-        with self.stopwatch.measure():
-            return self.norms.first(x, weight, eps)
-
-    def add(self, x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-        with self.stopwatch.measure():
-            return self.norms.add(x, residual, weight, eps)
 
 
 @dataclass(frozen=True)
@@ -71,17 +57,14 @@ def cross_entropy(logits: Tensor, targets: Tensor) -> float:
     return F.cross_entropy(logits.double().flatten(0, 1), targets.flatten()).item()
 
 
-def timed_pass(model: Decoder, tokens: Tensor, norms: Norms) -> tuple[float, float]:
-    """(milliseconds of the pass, milliseconds of its norms)"""
-    whole, norms_only = Stopwatch(tokens.device), Stopwatch(tokens.device)
-    with whole.measure():
-        model(tokens, TimedNorms(norms, norms_only))
-    return whole.total_ms(), norms_only.total_ms()
-
-
 @torch.inference_mode()
-def compare_modes(model: Decoder, tokens: Tensor, targets: Tensor, passes: int) -> Comparison:
-    """Runs every mode, and the float64 model once, over the same tokens; times the modes in turn, pass by pass."""
+def compare_modes(
+    model: Decoder, tokens: Tensor, targets: Tensor, passes: int
+) -> tuple[Comparison, dict[str, Tensor], Tensor]:
+    """Runs every mode, and the float64 model once, over the same tokens; times the modes in turn, pass by pass.
+
+    Returns what came out, the logits by mode, and those of the float64 run.
+    """
     num_layers = model.config.num_layers
     with progress() as bar:
         task = bar.add_task("float64 run of the same weights", total=1)
@@ -96,7 +79,7 @@ def compare_modes(model: Decoder, tokens: Tensor, targets: Tensor, passes: int) 
                 bar.advance(task)
 
         task = bar.add_task("timed passes, modes in turn", total=passes * len(MODES))
-        timings: dict[str, list[tuple[float, float]]] = {name: [] for name in MODES}
+        timings: dict[str, list[tuple[float, list[float]]]] = {name: [] for name in MODES}
         deadline_s = perf_counter() + PASSES_BUDGET_S
         for done in range(passes):
             if done >= MIN_PASSES and perf_counter() > deadline_s:
@@ -107,11 +90,11 @@ def compare_modes(model: Decoder, tokens: Tensor, targets: Tensor, passes: int) 
         bar.update(task, total=sum(map(len, timings.values())))
 
     eager, fused = logits["reference"], logits["fused"]
-    return Comparison(
+    comparison = Comparison(
         modes={
             name: ModeResult(
                 layer_ms=median(whole for whole, _ in timings[name]) / num_layers,
-                norms_ms=median(norms for _, norms in timings[name]) / num_layers,
+                norms_ms=median(sum(norms) for _, norms in timings[name]) / num_layers,
                 max_error=(logits[name].double() - truth).abs().max().item(),
                 cross_entropy=cross_entropy(logits[name], targets),
                 passes=len(timings[name]),
@@ -123,6 +106,7 @@ def compare_modes(model: Decoder, tokens: Tensor, targets: Tensor, passes: int) 
         same_next_byte=(eager.argmax(-1) == fused.argmax(-1)).double().mean().item(),
         float64_cross_entropy=cross_entropy(truth, targets),
     )
+    return comparison, logits, truth
 
 
 def print_comparison(result: Comparison, config: ModelConfig, tokens: Tensor, dtype: str) -> None:
@@ -214,6 +198,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--kv-heads", type=positive, default=default.num_kv_heads)
     parser.add_argument("--batch", type=positive, default=2, help="sequences")
     parser.add_argument("--seq", type=positive, default=512, help="bytes of text per sequence")
+    parser.add_argument(
+        "--ranks", type=positive, default=2, help="processes of the tensor-parallel run; 1 leaves it out"
+    )
     parser.add_argument("--passes", type=positive, default=15, help="timed passes of each mode")
     parser.add_argument("--seed", type=int, default=0, help="of the random weights")
     parser.add_argument("--no-bench", action="store_true", help="stop after the model")
@@ -221,11 +208,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> None:
-    dtype = DTYPES[arguments.dtype]
+    dtype, ranks = DTYPES[arguments.dtype], arguments.ranks
     try:
         config = ModelConfig(
             hidden=arguments.hidden,
-            intermediate=arguments.hidden * 11 // 4,
+            intermediate=-(-arguments.hidden * 11 // (4 * ranks)) * ranks,  # 11/4 of hidden, divisible by ranks
             num_layers=arguments.layers,
             num_heads=arguments.heads,
             num_kv_heads=arguments.kv_heads,
@@ -233,6 +220,9 @@ def run(arguments: argparse.Namespace) -> None:
     except ValueError as error:
         raise UserError(str(error)) from error
     device = choose_device(arguments.device, dtype)
+    no_ranks = demo_ranks.why_not(ranks, device)
+    if no_ranks is None:
+        demo_ranks.check(config, ranks, dtype)
     output = arguments.output.resolve()
     try:
         output.mkdir(parents=True, exist_ok=True)
@@ -249,10 +239,18 @@ def run(arguments: argparse.Namespace) -> None:
     tokens, targets = (t.to(device) for t in next_byte_task(stream, arguments.batch, arguments.seq))
 
     model = random_decoder(config, arguments.seed).to(dtype).to(device)
-    result = compare_modes(model, tokens, targets, arguments.passes)
+    result, logits, truth = compare_modes(model, tokens, targets, arguments.passes)
     print_comparison(result, config, tokens, arguments.dtype)
     report = {"config": asdict(config), "dtype": arguments.dtype, "device": device.type, "tokens": tokens.numel()}
     (output / "model.json").write_text(json.dumps(report | asdict(result), indent=1) + "\n", encoding="utf-8")
+
+    console().print()
+    if no_ranks is None:
+        fused = result.modes["fused"]
+        one_process = demo_ranks.Row("1 process, add_rms_norm_", fused.layer_ms, fused.norms_ms, logits["fused"])
+        no_ranks = demo_ranks.run(arguments, config, dtype, tokens, one_process, truth, output / "tensor_parallel.json")
+    if no_ranks is not None:
+        console().print(f"No tensor-parallel run: {no_ranks}")
 
     if arguments.no_bench:
         return

@@ -7,7 +7,8 @@ is one call. How it is computed is the `mode`; everything else is the same code 
     reference   torch's own addition and rms_norm, two calls
     fused       tokenweave_ops.add_rms_norm_, one in-place pass over both tensors
 
-One process holds the whole model (world_size 1). Parameters carry the names of Hugging Face's Llama without their
+One process holds the whole model, or each of world_size ranks its share of the heads and of the MLP; then the norm
+call also sums over the ranks (tensor_parallel.py). Parameters carry the names of Hugging Face's Llama without their
 leading `model.`.
 """
 
@@ -52,18 +53,34 @@ class ModelConfig:
     def head_dim(self) -> int:
         return self.hidden // self.num_heads
 
+    def check_world_size(self, world_size: int) -> None:
+        for name in ("num_heads", "num_kv_heads", "intermediate"):
+            if getattr(self, name) % world_size:
+                raise ValueError(
+                    f"ModelConfig: {name} must be a multiple of world_size, got {name}={getattr(self, name)}, "
+                    f"world_size={world_size}"
+                )
+
 
 class Norms(Protocol):
-    """The two norm calls of a decoder. Either may overwrite the tensors it is given; callers use what is returned."""
+    """How a sublayer ends and the next one begins: its last projection, the sum over ranks, the addition and the norm.
+
+    The calls may overwrite the tensors they are given; callers use what is returned.
+    """
 
     def first(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         """rms_norm(x); x itself stays as it is, since it becomes the residual."""
 
+    def project(self, x: Tensor, weight: Tensor) -> Tensor:
+        """x @ weight.T, this rank's part of the sum that the next `add` completes. The mode decides where it lies."""
+
     def add(self, x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-        """(rms_norm(x + residual), x + residual)"""
+        """(rms_norm(h), h) with h = sum of x over the ranks + residual. Of h a rank may hold only the rows it owns."""
 
 
 class ReferenceNorms:
+    project = staticmethod(F.linear)
+
     def first(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         return F.rms_norm(x, weight.shape, weight, eps)
 
@@ -73,6 +90,8 @@ class ReferenceNorms:
 
 
 class FusedNorms:
+    project = staticmethod(F.linear)
+
     def first(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         return tokenweave_ops.rms_norm(x, weight, eps)
 
@@ -106,54 +125,63 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 class Attention(nn.Module):
-    def __init__(self, config: ModelConfig):
+    """A rank's share: whole heads, num_heads / world_size of them, with the keys and values that they read."""
+
+    def __init__(self, config: ModelConfig, world_size: int = 1):
         super().__init__()
         self.head_dim = config.head_dim
-        self.q_proj = nn.Linear(config.hidden, config.num_heads * config.head_dim, bias=False)
-        self.k_proj = nn.Linear(config.hidden, config.num_kv_heads * config.head_dim, bias=False)
-        self.v_proj = nn.Linear(config.hidden, config.num_kv_heads * config.head_dim, bias=False)
-        self.o_proj = nn.Linear(config.num_heads * config.head_dim, config.hidden, bias=False)
+        q_size = config.num_heads // world_size * config.head_dim
+        kv_size = config.num_kv_heads // world_size * config.head_dim
+        self.q_proj = nn.Linear(config.hidden, q_size, bias=False)
+        self.k_proj = nn.Linear(config.hidden, kv_size, bias=False)
+        self.v_proj = nn.Linear(config.hidden, kv_size, bias=False)
+        self.o_proj = nn.Linear(q_size, config.hidden, bias=False)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, norms: Norms) -> Tensor:
         q, k, v = (
             projection(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)  # [batch, heads, seq, head_dim]
             for projection in (self.q_proj, self.k_proj, self.v_proj)
         )
         q, k = rotate(q, cos, sin), rotate(k, cos, sin)
         mixed = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
-        return self.o_proj(mixed.transpose(1, 2).flatten(2))
+        return norms.project(mixed.transpose(1, 2).flatten(2), self.o_proj.weight)
 
 
 class Mlp(nn.Module):
-    """SwiGLU: down(silu(gate(x)) * up(x))."""
+    """SwiGLU: down(silu(gate(x)) * up(x)). A rank's share: intermediate / world_size of its inner features."""
 
-    def __init__(self, config: ModelConfig):
+    def __init__(self, config: ModelConfig, world_size: int = 1):
         super().__init__()
-        self.gate_proj = nn.Linear(config.hidden, config.intermediate, bias=False)
-        self.up_proj = nn.Linear(config.hidden, config.intermediate, bias=False)
-        self.down_proj = nn.Linear(config.intermediate, config.hidden, bias=False)
+        inner = config.intermediate // world_size
+        self.gate_proj = nn.Linear(config.hidden, inner, bias=False)
+        self.up_proj = nn.Linear(config.hidden, inner, bias=False)
+        self.down_proj = nn.Linear(inner, config.hidden, bias=False)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+    def forward(self, x: Tensor, norms: Norms) -> Tensor:
+        return norms.project(F.silu(self.gate_proj(x)) * self.up_proj(x), self.down_proj.weight)
 
 
 class DecoderLayer(nn.Module):
-    def __init__(self, config: ModelConfig):
+    def __init__(self, config: ModelConfig, world_size: int = 1):
         super().__init__()
         self.input_layernorm = Norm(config.hidden)
-        self.self_attn = Attention(config)
+        self.self_attn = Attention(config, world_size)
         self.post_attention_layernorm = Norm(config.hidden)
-        self.mlp = Mlp(config)
+        self.mlp = Mlp(config, world_size)
 
 
 class Decoder(nn.Module):
-    """Parameters never require grad: this is inference, and the in-place op refuses tensors that do."""
+    """The decoder, or one rank's share of it: embedding, norms and head are whole on every rank.
 
-    def __init__(self, config: ModelConfig):
+    Parameters never require grad: this is inference, and the in-place ops refuse tensors that do.
+    """
+
+    def __init__(self, config: ModelConfig, world_size: int = 1):
         super().__init__()
+        config.check_world_size(world_size)
         self.config = config
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden)
-        self.layers = nn.ModuleList(DecoderLayer(config) for _ in range(config.num_layers))
+        self.layers = nn.ModuleList(DecoderLayer(config, world_size) for _ in range(config.num_layers))
         self.norm = Norm(config.hidden)
         self.lm_head = nn.Linear(config.hidden, config.vocab_size, bias=False)
         self.requires_grad_(False)
@@ -169,9 +197,9 @@ class Decoder(nn.Module):
         # Each sublayer's output is added by the norm that follows it: the next layer's first, or the model's last.
         next_norms = [layer.input_layernorm for layer in self.layers[1:]] + [self.norm]
         for layer, next_norm in zip(self.layers, next_norms, strict=True):
-            x = layer.self_attn(x, cos, sin)
+            x = layer.self_attn(x, cos, sin, norms)
             x, residual = norms.add(x, residual, layer.post_attention_layernorm.weight, eps)
-            x = layer.mlp(x)
+            x = layer.mlp(x, norms)
             x, residual = norms.add(x, residual, next_norm.weight, eps)
         return self.lm_head(x)
 

@@ -10,7 +10,8 @@ import pytest
 import torch
 from tokenweave_models import cli
 from tokenweave_models.common.errors import UserError
-from tokenweave_models.tokenweave import demo
+from tokenweave_models.common.ranks import RankFailed, usable_cores
+from tokenweave_models.tokenweave import demo, demo_ranks
 
 from tokenweave_ops import info
 
@@ -47,11 +48,69 @@ def test_demo_from_end_to_end(tmp_path):
     assert result["same_next_byte"] > 0.9
     assert result["float64_cross_entropy"] == pytest.approx(5.545, abs=0.2)
 
+    if usable_cores() < 2:
+        assert "No tensor-parallel run: 2 processes need as many cores, and this one may use 1." in done.stdout
+        return
+    for words in ("2 processes, all_reduce, add_rms_norm_", "2 processes, allreduce_rmsnorm_", "sum + add + norm"):
+        assert words in done.stdout
+    over_ranks = json.loads((tmp_path / "tensor_parallel.json").read_text())
+    rows = over_ranks["rows"]
+    assert rows["one_process"]["layer_ms"] == fused["layer_ms"]
+    assert rows["one_process"]["max_error"] == fused["max_error"]
+    for mode in ("separate", "fused"):
+        assert 0 < rows[mode]["norms_ms"] < rows[mode]["layer_ms"]
+        # Each of two partial sums and their total are rounded where one process rounds once.
+        assert 0 < rows[mode]["max_error"] <= 3 * fused["max_error"] + 4 * 2**-8 * result["logit_std"] * 4
+        assert rows[mode]["same_next_byte"] > 0.9
+    assert over_ranks["passes"] == 3
+    assert over_ranks["max_difference"] <= rows["separate"]["max_error"] + rows["fused"]["max_error"]
+    assert over_ranks["ranks_hold_the_same_bits"] is True
+
 
 def options(*arguments):
     parser = argparse.ArgumentParser()
     demo.add_arguments(parser)
-    return parser.parse_args([*TINY, *map(str, arguments)])
+    return parser.parse_args([*TINY, "--ranks", "1", *map(str, arguments)])
+
+
+def test_no_tensor_parallel_run_without_its_means(monkeypatch):
+    cpu = torch.device("cpu")
+    assert demo_ranks.why_not(1, cpu) == "--ranks 1 was asked for."
+    assert "--device cpu" in demo_ranks.why_not(2, torch.device("cuda"))
+    monkeypatch.setattr(demo_ranks, "usable_cores", lambda: 1)
+    assert demo_ranks.why_not(2, cpu) == "2 processes need as many cores, and this one may use 1."
+    monkeypatch.setattr(demo_ranks, "usable_cores", lambda: 2)
+    assert demo_ranks.why_not(2, cpu) is None
+    monkeypatch.setattr(torch.distributed, "is_gloo_available", lambda: False)
+    assert demo_ranks.why_not(2, cpu) == "this torch was built without gloo."
+
+
+def test_ranks_that_cannot_share_memory_are_a_sentence_and_the_demo_goes_on(checkout, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(demo_ranks, "usable_cores", lambda: 2)
+    monkeypatch.setattr(demo_ranks, "run_ranks", lambda *_, **__: ["rank 0 may not map it", "rank 0 may not map it"])
+    demo.run(options("--ranks", 2, "--output", tmp_path / "out"))
+    assert "No tensor-parallel run: rank 0 may not map it" in capsys.readouterr().out
+    assert (checkout / "plot.called").exists()
+
+
+def test_a_workspace_that_cannot_be_is_that_sentence(monkeypatch):
+    def refuse(*_, **__):
+        raise demo_ranks.tokenweave_ops.CommunicationError("no /proc here")
+
+    monkeypatch.setattr(demo_ranks.tokenweave_ops, "Workspace", refuse)
+    tokens = torch.zeros(1, 4, dtype=torch.int64).numpy()
+    config = demo_ranks.ModelConfig(hidden=64)
+    assert demo_ranks.run_modes(None, None, config, 0, torch.bfloat16, tokens, 1) == "no /proc here"
+
+
+def test_a_rank_that_fails_ends_the_demo(tmp_path, monkeypatch, capsys):
+    def fail(*_, **__):
+        raise RankFailed("rank 1: killed by SIGKILL")
+
+    monkeypatch.setattr(demo_ranks, "usable_cores", lambda: 2)
+    monkeypatch.setattr(demo_ranks, "run_ranks", fail)
+    assert cli.main(["demo", *TINY, "--output", str(tmp_path)]) == 1
+    assert capsys.readouterr().err == "tokenweave: tensor-parallel run: rank 1: killed by SIGKILL\n"
 
 
 def test_targets_are_the_bytes_that_follow():
@@ -123,15 +182,28 @@ def test_info_is_the_ops_packages_info(capsys):
         (["demo", "--seq", "0"], 2, "argument --seq: must be at least 1, got 0"),
         (["demo", "--seq", "many"], 2, "argument --seq: invalid positive value: 'many'"),
         (["demo", "--device", "cpu", "--heads", "3"], 1, "tokenweave: ModelConfig: hidden must be a multiple of"),
+        (["demo", "--ranks", "3"], 1, "num_heads=16, world_size=3; --ranks sets the world size, 1 leaves ranks out"),
+        (["demo", "--ranks", "32", "--heads", "32", "--kv-heads", "32"], 1, "must be 1 to 16, got 32; --ranks"),
+        (["demo", "--hidden", "36", "--heads", "2", "--kv-heads", "2"], 1, "hidden must be a multiple of 8 from"),
     ],
 )
-def test_bad_arguments_are_sentences(arguments, status, message, capsys):
+def test_bad_arguments_are_sentences(arguments, status, message, capsys, monkeypatch):
+    monkeypatch.setattr(demo_ranks, "usable_cores", lambda: 32)
     try:
         returned = cli.main(arguments)
     except SystemExit as exit:  # argparse's own way out
         returned = exit.code
     assert returned == status
     assert message in capsys.readouterr().err
+
+
+def test_ctrl_c_is_a_word(monkeypatch, capsys):
+    def interrupt(_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(demo, "run", interrupt)
+    assert cli.main(["demo"]) == 130
+    assert capsys.readouterr().err == "tokenweave: interrupted\n"
 
 
 def test_asking_for_a_missing_gpu(monkeypatch, capsys):

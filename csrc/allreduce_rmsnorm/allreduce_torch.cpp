@@ -1,0 +1,358 @@
+// allreduce_rmsnorm_, allreduce_rmsnorm, allreduce_, allreduce and gather_residual_: argument checks, staging, one call
+// of the contract. A rank that refuses its arguments tells the others, who would wait for it.
+#include <sys/syscall.h>
+#include <unistd.h>
+
+#include "allreduce_rmsnorm/allreduce.h"
+#include "allreduce_rmsnorm/norm_torch.h"
+#include "allreduce_rmsnorm/rms_norm.h"
+#include "allreduce_rmsnorm/workspace_torch.h"
+#include "torch/registry.h"
+#include "torch/rows.h"
+
+namespace tokenweave::inline TOKENWEAVE_BACKEND {
+
+namespace {
+
+constexpr int64_t kDefaultMaxCtas = 16;
+constexpr int64_t kReplicated = 1;  // residual_mode; 0: sharded
+
+// [..., hidden] as one rank's rows; virtual ranks come as [world_size, num_tokens, hidden].
+struct RankRows {
+  int64_t num_tokens = 0;
+  RowLayout of_rank;        // of one rank's rows
+  RowLayout of_all;         // of all rows here
+  int64_t rank_stride = 0;  // elements between virtual ranks
+};
+
+RankRows check_rank_rows(const char* op, const TensorInfo& t, const Workspace& w) {
+  RankRows rows;
+  rows.of_all = check_rows(op, t);
+  rows.of_rank = rows.of_all;
+  rows.num_tokens = count_rows(t);
+  if (w.is_virtual()) {
+    if (t.dim != 3 || t.sizes[0] != w.world_size) {
+      fail(op, t,
+           "have shape [world_size, num_tokens, hidden] with world_size=" + std::to_string(w.world_size) +
+               ", as the ranks are virtual",
+           join(t.sizes, t.dim));
+    }
+    rows.num_tokens = t.sizes[1];
+    rows.of_rank = RowLayout{t.sizes[1], t.strides[1], 0, t.strides[0] | t.strides[1]};
+    rows.rank_stride = t.strides[0];
+  }
+  return rows;
+}
+
+void check_aligned(const char* op, const TensorInfo& t, const RowLayout& rows, int64_t element_bytes) {
+  if (t.numel() > 0 && !is_aligned_16(t.data, rows, element_bytes)) {
+    fail(op, t, "have rows that begin on 16-byte boundaries",
+         "strides " + join(t.strides, t.dim) + " and a first element " +
+             std::to_string(reinterpret_cast<uintptr_t>(t.data) % 16) + " bytes off");
+  }
+}
+
+bool is_main_thread() {
+  static thread_local const bool is_main = syscall(SYS_gettid) == getpid();
+  return is_main;
+}
+
+// One call on one channel, from the check that the channel is free to the report of what went wrong.
+class Call {
+ public:
+  Call(const char* op, Collective collective, const Tensor& token, int64_t workspace, int64_t channel, int64_t max_ctas)
+      : op_(op), token_(token), open_(registry::find(op, workspace, TensorInfo("token", token))) {
+    if (channel < 0 || channel >= open_->num_channels) {
+      raise(std::string(op) + ": channel must be 0 to " + std::to_string(open_->num_channels - 1) + ", got " +
+            std::to_string(channel));
+    }
+    if (recorded_failure(open_->view) != Failure::none) {
+      raise(std::string(op) + ": " + describe_failure(open_->view) +
+            "; since that call the workspace does not work, reset() it on every rank");
+    }
+    OpenWorkspace::Channel& slot = open_->channels[channel];
+    if (slot.running.exchange(true)) {
+      raise(std::string(op) + ": channel must be free, got channel " + std::to_string(channel) +
+            " with a call of another thread inside");
+    }
+    channel_ = &slot;
+    if (open_->closing.load()) {
+      slot.running.store(false);
+      raise(std::string(op) + ": workspace must be open, got workspace " + std::to_string(workspace) +
+            ", which another thread is closing");
+    }
+    params.workspace = open_->view;
+    if (!is_main_thread()) params.workspace.interrupted = nullptr;  // signal handlers run in the main thread only
+    params.collective = collective;
+    params.channel = static_cast<int32_t>(channel);
+    params.sequence = ++slot.calls;
+    params.timeout_ns = params.sequence == 1 ? open_->first_timeout_ns : open_->timeout_ns;
+    params.max_ctas = static_cast<int32_t>(max_ctas == 0 ? kDefaultMaxCtas : max_ctas);
+    max_ctas_ = max_ctas;
+  }
+  Call(const Call&) = delete;
+  ~Call() { channel_->running.store(false); }
+
+  // Runs the checks; if one raises, so will the other ranks.
+  template <class Checks>
+  void check(const Checks& checks) {
+    try {
+      if (max_ctas_ < 0 || max_ctas_ > kMaxBlocks) {
+        raise(std::string(op_) + ": max_ctas must be 1 to " + std::to_string(kMaxBlocks) +
+              ", or 0 for the default, got " + std::to_string(max_ctas_));
+      }
+      checks();
+    } catch (...) {
+      const Workspace& w = params.workspace;
+      if (w.world_size > w.ranks_here) {
+        const ExecutionScope scope(token_);
+        (void)refuse_allreduce(params, scope.context());
+      }
+      throw;
+    }
+  }
+
+  RankRows check_x(const TensorInfo& x) {
+    params.dtype = check_dtype(op_, x);
+    check_same_device(op_, x, TensorInfo("token", token_));
+    const RankRows rows = check_rank_rows(op_, x, params.workspace);
+    params.num_tokens = rows.num_tokens;
+    params.hidden = x.size(-1);
+    if (params.hidden % 8 != 0 || params.hidden < 8 || params.hidden > kMaxAllreduceHidden) {
+      fail(op_, x, "have a last dimension that is a multiple of 8 from 8 to " + std::to_string(kMaxAllreduceHidden),
+           std::to_string(params.hidden));
+    }
+    return rows;
+  }
+
+  int64_t bytes_per_rank() const { return params.num_tokens * params.hidden * size_of(params.dtype); }
+
+  // x itself holds the partial sums, at the same place of every rank's buffer.
+  void use_in_place(const TensorInfo& x, const RankRows& rows) {
+    const Workspace& w = params.workspace;
+    const int64_t bytes = size_of(params.dtype);
+    check_contiguous_rows(x, rows);
+    if (params.num_tokens == 0) return;
+    params.offset = static_cast<const char*>(x.data) - w.buffer[w.rank];
+    const bool inside = params.offset >= 0 && params.offset + bytes_per_rank() <= open_->buffer_bytes;
+    const bool in_step = !w.is_virtual() || rows.rank_stride * bytes == w.buffer[1] - w.buffer[0];
+    if (!inside || !in_step) {
+      fail(op_, x,
+           "lie in the workspace's buffer of " + std::to_string(open_->buffer_bytes) +
+               " bytes per rank (make it with workspace.empty)",
+           std::to_string(bytes_per_rank()) + " bytes per rank that are not all in it");
+    }
+    if (params.offset % 16 != 0) {
+      fail(op_, x, "begin on a 16-byte boundary of the workspace", "byte " + std::to_string(params.offset));
+    }
+  }
+
+  // The rows go through the channel's staging.
+  void use_staging(const TensorInfo& t) {
+    params.offset = open_->staging_offset(params.channel);
+    if (bytes_per_rank() > open_->staging_bytes) {
+      fail(op_, t,
+           "fit the workspace's staging of " + std::to_string(open_->staging_bytes) + " bytes per rank and channel",
+           std::to_string(bytes_per_rank()) + " bytes");
+    }
+  }
+  void stage_input(const TensorInfo& x, const RankRows& rows) {
+    use_staging(x);
+    params.input = x.data;
+    params.input_rows = rows.of_rank;
+    params.input_rank_stride = rows.rank_stride;
+  }
+
+  RankRows check_residual(const TensorInfo& residual) {
+    const RankRows rows = check_rank_rows(op_, residual, params.workspace);
+    check_rows_disjoint(op_, residual, rows.of_all);
+    if (rows.num_tokens > rows.of_rank.inner_rows) {
+      fail(op_, residual, "have rows at one stride (call .contiguous())",
+           "strides " + join(residual.strides, residual.dim));
+    }
+    check_aligned(op_, residual, rows.of_rank, size_of(params.dtype));
+    params.residual = residual.data;
+    params.residual_rows = rows.of_rank;
+    params.residual_rank_stride = rows.rank_stride;
+    return rows;
+  }
+
+  void check_norm(const TensorInfo& x, const RankRows& x_rows, const TensorInfo& residual, const TensorInfo& weight,
+                  double eps, double weight_bias, int64_t residual_mode) {
+    check_same_device(op_, weight, x);
+    check_same_dtype(op_, weight, x);
+    check_vector(op_, weight, "hidden", params.hidden);
+    check_aligned(op_, weight, RowLayout{}, size_of(params.dtype));
+    check_same_device(op_, residual, x);
+    check_same_dtype(op_, residual, x);
+    check_same_shape(op_, residual, x);
+    const RankRows residual_rows = check_residual(residual);
+    check_no_overlap(op_, residual, residual_rows.of_all, x, x_rows.of_all, size_of(params.dtype));
+    check_weight_apart(residual, residual_rows.of_all, weight);
+    check_scalars(op_, eps, weight_bias);
+    if (residual_mode != 0 && residual_mode != kReplicated) {
+      raise(std::string(op_) + ": residual_mode must be 0 (sharded) or 1 (replicated), got " +
+            std::to_string(residual_mode));
+    }
+    params.weight = weight.data;
+    params.eps = static_cast<float>(eps);
+    params.weight_bias = static_cast<float>(weight_bias);
+  }
+
+  // A written tensor must not share memory with the weight, which is read after rows have been written.
+  void check_weight_apart(const TensorInfo& written, const RowLayout& layout, const TensorInfo& weight) const {
+    const int64_t rows = count_rows(written), bytes = size_of(params.dtype);
+    if (rows == 0) return;
+    const char* begin = static_cast<const char*>(written.data);
+    const char* end = begin + (layout.offset(rows - 1) + params.hidden) * bytes;
+    const char* weight_begin = static_cast<const char*>(weight.data);
+    if (begin < weight_begin + params.hidden * bytes && weight_begin < end) {
+      fail(op_, written, "not overlap weight", "memory that is shared with it");
+    }
+  }
+
+  void run() {
+    // A call that is done when it returns has a record of its own: what it reports is not another channel's business.
+    // Only what ends the workspace goes into the workspace's.
+    uint64_t own_record[kRecordWords] = {};
+    if (kReturnsWhenDone) params.workspace.record = own_record;
+    const ExecutionScope scope(token_);
+    raise_unless(allreduce(params, scope.context()), op_);
+    const Workspace& w = params.workspace;
+    if (recorded_failure(w) == Failure::none) return;
+    if (kReturnsWhenDone && own_record[kRecordRecoverable] == 0) open_->keep_record(own_record);
+    raise_failure(op_, w);
+  }
+
+  // The replicated residual: every rank adds and norms all rows itself, as it would after any other all-reduce.
+  void add_and_norm(void* x, const RowLayout& x_rows, const RowLayout& residual_rows) const {
+    RmsNormParams norm;
+    norm.num_rows = params.num_tokens * params.workspace.ranks_here;
+    norm.hidden = params.hidden;
+    norm.dtype = params.dtype;
+    norm.eps = params.eps;
+    norm.weight_bias = params.weight_bias;
+    norm.x = norm.y = x;
+    norm.residual = norm.h = params.residual;
+    norm.weight = params.weight;
+    norm.x_rows = norm.y_rows = x_rows;
+    norm.residual_rows = norm.h_rows = residual_rows;
+    if (norm.num_rows == 0) return;
+    const ExecutionScope scope(token_);
+    raise_unless(rms_norm(norm, scope.context()), op_);
+  }
+
+  AllreduceParams params;
+
+ private:
+  void check_contiguous_rows(const TensorInfo& x, const RankRows& rows) const {
+    const bool one_stride = rows.of_rank.inner_rows >= rows.num_tokens;
+    if (rows.num_tokens > 1 && !(one_stride && rows.of_rank.inner_stride == params.hidden)) {
+      fail(op_, x, "be contiguous", "strides " + join(x.strides, x.dim));
+    }
+  }
+
+  const char* op_;
+  const Tensor& token_;
+  std::shared_ptr<OpenWorkspace> open_;
+  OpenWorkspace::Channel* channel_ = nullptr;
+  int64_t max_ctas_ = 0;
+};
+
+// A new contiguous tensor like x that takes the result out of staging.
+Tensor stage_output(Call& call, const TensorInfo& x, const Tensor& tensor) {
+  Tensor y = torch::stable::new_empty(tensor, torch::headeronly::IntHeaderOnlyArrayRef(x.sizes, x.dim));
+  call.params.output = y.data_ptr();
+  call.params.output_rank_stride = call.params.num_tokens * call.params.hidden;
+  return y;
+}
+
+}  // namespace
+
+void allreduce_rmsnorm_(const Tensor& x, const Tensor& residual, const Tensor& weight, const Tensor& token,
+                        int64_t workspace, double eps, double weight_bias, int64_t residual_mode, int64_t channel,
+                        int64_t max_ctas) {
+  constexpr const char* kOp = "allreduce_rmsnorm_";
+  const bool replicated = residual_mode == kReplicated;
+  Call call(kOp, replicated ? Collective::allreduce : Collective::allreduce_rmsnorm, token, workspace, channel,
+            max_ctas);
+  const TensorInfo x_info("x", x), residual_info("residual", residual), weight_info("weight", weight);
+  RankRows rows;
+  call.check([&] {
+    rows = call.check_x(x_info);
+    call.use_in_place(x_info, rows);
+    call.check_norm(x_info, rows, residual_info, weight_info, eps, weight_bias, residual_mode);
+    call.check_weight_apart(x_info, rows.of_all, weight_info);
+  });
+  call.run();
+  if (replicated) call.add_and_norm(x_info.data, rows.of_all, check_rows(kOp, residual_info));
+}
+TOKENWEAVE_OP(
+    "allreduce_rmsnorm_(Tensor(a!) x, Tensor(b!) residual, Tensor weight, Tensor(c!) token, int workspace, float eps,"
+    " float weight_bias, int residual_mode, int channel, int max_ctas) -> ()",
+    allreduce_rmsnorm_);
+
+Tensor allreduce_rmsnorm_op(const Tensor& x, const Tensor& residual, const Tensor& weight, const Tensor& token,
+                            int64_t workspace, double eps, double weight_bias, int64_t residual_mode, int64_t channel,
+                            int64_t max_ctas) {
+  constexpr const char* kOp = "allreduce_rmsnorm";
+  const bool replicated = residual_mode == kReplicated;
+  Call call(kOp, replicated ? Collective::allreduce : Collective::allreduce_rmsnorm, token, workspace, channel,
+            max_ctas);
+  const TensorInfo x_info("x", x), residual_info("residual", residual), weight_info("weight", weight);
+  call.check([&] {
+    const RankRows rows = call.check_x(x_info);
+    call.stage_input(x_info, rows);
+    call.check_norm(x_info, rows, residual_info, weight_info, eps, weight_bias, residual_mode);
+  });
+  Tensor y = stage_output(call, x_info, x);
+  call.run();
+  if (replicated) {
+    const int64_t all_rows = call.params.num_tokens * call.params.workspace.ranks_here;
+    call.add_and_norm(y.data_ptr(), RowLayout{all_rows, call.params.hidden, 0, call.params.hidden},
+                      check_rows(kOp, residual_info));
+  }
+  return y;
+}
+TOKENWEAVE_OP(
+    "allreduce_rmsnorm(Tensor x, Tensor(a!) residual, Tensor weight, Tensor(b!) token, int workspace, float eps,"
+    " float weight_bias, int residual_mode, int channel, int max_ctas) -> Tensor",
+    allreduce_rmsnorm_op);
+
+void allreduce_(const Tensor& x, const Tensor& token, int64_t workspace, int64_t channel, int64_t max_ctas) {
+  constexpr const char* kOp = "allreduce_";
+  Call call(kOp, Collective::allreduce, token, workspace, channel, max_ctas);
+  const TensorInfo x_info("x", x);
+  call.check([&] { call.use_in_place(x_info, call.check_x(x_info)); });
+  call.run();
+}
+TOKENWEAVE_OP("allreduce_(Tensor(a!) x, Tensor(b!) token, int workspace, int channel, int max_ctas) -> ()", allreduce_);
+
+Tensor allreduce_op(const Tensor& x, const Tensor& token, int64_t workspace, int64_t channel, int64_t max_ctas) {
+  constexpr const char* kOp = "allreduce";
+  Call call(kOp, Collective::allreduce, token, workspace, channel, max_ctas);
+  const TensorInfo x_info("x", x);
+  call.check([&] { call.stage_input(x_info, call.check_x(x_info)); });
+  Tensor y = stage_output(call, x_info, x);
+  call.run();
+  return y;
+}
+TOKENWEAVE_OP("allreduce(Tensor x, Tensor(a!) token, int workspace, int channel, int max_ctas) -> Tensor",
+              allreduce_op);
+
+void gather_residual_(const Tensor& residual, const Tensor& token, int64_t workspace, int64_t channel,
+                      int64_t max_ctas) {
+  constexpr const char* kOp = "gather_residual_";
+  Call call(kOp, Collective::gather, token, workspace, channel, max_ctas);
+  const TensorInfo info("residual", residual);
+  call.check([&] {
+    call.check_x(info);
+    call.check_residual(info);
+    call.use_staging(info);
+  });
+  call.run();
+}
+TOKENWEAVE_OP("gather_residual_(Tensor(a!) residual, Tensor(b!) token, int workspace, int channel, int max_ctas) -> ()",
+              gather_residual_);
+
+}  // namespace tokenweave::inline TOKENWEAVE_BACKEND

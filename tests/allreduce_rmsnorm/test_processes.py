@@ -1,0 +1,280 @@
+"""Ranks as real processes of one host: values, and every way in which a rank can fail the others. Nothing may hang:
+each answer has a deadline, and what is still there afterwards is killed."""
+
+from __future__ import annotations
+
+import json
+import os
+import queue
+import re
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+from tokenweave_ops import _library
+
+pytestmark = pytest.mark.skipif(_library.load_library("cpu") != "loaded", reason="needs the CPU kernels")
+ANSWER_S = 60.0  # of a scenario; generous, so that only a hang exceeds it
+
+
+class Processes:
+    """A group of processes that run scenarios of rank_process.py together."""
+
+    def __init__(self, world_size: int, store: Path):
+        self.world_size = world_size
+        environment = os.environ | {"GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1"}
+        program = str(Path(__file__).with_name("rank_process.py"))
+        self.processes = [
+            subprocess.Popen(
+                [sys.executable, program, str(rank), str(world_size), str(store)],
+                stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment,
+            )
+            for rank in range(world_size)
+        ]  # fmt: skip
+        self.answers = [queue.Queue() for _ in self.processes]
+        for process, answers in zip(self.processes, self.answers, strict=True):
+            threading.Thread(target=self._read, args=(process, answers), daemon=True).start()
+        self.pids = [self._answer(rank, ANSWER_S)["ready"] for rank in range(world_size)]
+
+    @staticmethod
+    def _read(process, answers) -> None:
+        for line in process.stdout:
+            if line.startswith("{"):
+                answers.put(json.loads(line))
+        answers.put({"ended": process.wait()})
+
+    def _answer(self, rank: int, timeout_s: float) -> dict:
+        try:
+            return self.answers[rank].get(timeout=timeout_s)
+        except queue.Empty:
+            self.end()
+            pytest.fail(f"rank {rank} gave no answer in {timeout_s} s: it hangs")
+
+    def start(self, rank: int, scenario: str, **arguments) -> None:
+        self.processes[rank].stdin.write(json.dumps([scenario, arguments]) + "\n")
+        self.processes[rank].stdin.flush()
+
+    def answer(self, rank: int, timeout_s: float = ANSWER_S) -> dict:
+        return self._answer(rank, timeout_s)
+
+    def run(self, scenario: str, ranks=None, **arguments) -> list[dict]:
+        """The same on all ranks (or some), at once; their answers in order."""
+        ranks = range(self.world_size) if ranks is None else ranks
+        for rank in ranks:
+            self.start(rank, scenario, **arguments)
+        return [self.answer(rank) for rank in ranks]
+
+    def succeed(self, scenario: str, ranks=None, **arguments) -> list:
+        answers = self.run(scenario, ranks, **arguments)
+        for answer in answers:
+            assert "result" in answer, answer.get("traceback", answer)
+        return [answer["result"] for answer in answers]
+
+    def end(self) -> None:
+        for process in self.processes:
+            if process.poll() is None:
+                process.kill()
+            process.wait()
+            process.stdin.close()
+
+
+@pytest.fixture
+def start(tmp_path):
+    """start(world_size): processes of the test's own, which it may kill."""
+    started = []
+
+    def start_processes(world_size: int) -> Processes:
+        started.append(Processes(world_size, tmp_path / f"store-{len(started)}"))
+        return started[-1]
+
+    yield start_processes
+    for processes in started:
+        processes.end()
+
+
+@pytest.fixture(scope="module", params=[2, 4], ids=["W2", "W4"])
+def shared(request, tmp_path_factory):
+    """Processes that scenarios without casualties share, since starting them takes seconds."""
+    processes = Processes(request.param, tmp_path_factory.mktemp("ranks") / "store")
+    yield processes
+    processes.end()
+
+
+@pytest.fixture
+def group(shared):
+    shared.succeed("open", timeout_s=20)
+    return shared
+
+
+def errors(answers, name, pattern):
+    for answer in answers:
+        assert answer.get("error") == name, answer
+        assert re.search(pattern, answer["text"]), answer["text"]
+
+
+# ------------------------------------------------------------------------------------------------------------- it works
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "fp16", "fp32"])
+@pytest.mark.parametrize(("num_tokens", "hidden"), [(0, 64), (1, 520), (31, 8), (7, 512), (64, 256)])
+def test_processes_and_virtual_ranks_give_the_same_bits(shared, dtype, num_tokens, hidden):
+    if shared.succeed("nothing") and getattr(shared, "opened_with", None) != "fp32":
+        shared.succeed("open", dtype="fp32")
+        shared.opened_with = "fp32"
+    shared.succeed("values", dtype=dtype, hidden=hidden, num_tokens=num_tokens)
+
+
+def test_ten_thousand_calls_of_mixed_sizes(group):
+    group.succeed("many_calls", calls=10_000 if group.world_size == 2 else 2_000)
+
+
+def test_stragglers(group):
+    group.succeed("stragglers", calls=40)
+
+
+def test_two_threads_on_two_channels(group):
+    group.succeed("two_channels_at_once", calls=300)
+
+
+def test_groups_within_the_world(shared):
+    if shared.world_size == 4:
+        assert shared.succeed("halves") == [[1.0, 0], [1.0, 1], [5.0, 0], [5.0, 1]]
+
+
+def test_the_smallest_capacity_counts(shared):
+    for rank in range(shared.world_size):
+        shared.start(rank, "open", max_tokens=64 if rank else 8, num_channels=2 if rank else 1)
+    texts = [shared.answer(rank)["result"] for rank in range(shared.world_size)]
+    assert all("8 KiB of buffer and 1 x 8 KiB of staging" in text for text in texts)
+
+
+# ----------------------------------------------------------------------------------------------------- a rank is wrong
+
+
+def works(group) -> bool:
+    return group.succeed("allreduce") == [float(group.world_size)] * group.world_size
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"num_tokens": 7}, "came with another op, num_tokens, hidden, dtype, eps, weight_bias or max_ctas"),
+        ({"offset_bytes": 64}, "has its tensor at byte (0|64) of the workspace, rank . at byte (0|64)"),
+    ],
+    ids=["tokens", "offset"],
+)
+def test_ranks_that_disagree_all_raise_and_go_on(group, arguments, message):
+    for rank in range(group.world_size):
+        group.start(rank, "allreduce", **(arguments if rank == 1 else {}))
+    answers = [group.answer(rank) for rank in range(group.world_size)]
+    errors(answers, "RankDisagreement", message)
+    assert all(answer["nan_rows"] == 0 for answer in answers), "nothing may have been written"
+    assert works(group), "after a disagreement the ranks are still in step"
+
+
+def test_another_op_is_a_disagreement(group):
+    for rank in range(group.world_size):
+        group.start(rank, "gather" if rank == 0 else "allreduce")
+    errors([group.answer(rank) for rank in range(group.world_size)], "RankDisagreement", "came with another op")
+    assert works(group)
+
+
+def test_a_bad_argument_on_one_rank(group):
+    for _ in range(3):
+        for rank in range(group.world_size):
+            group.start(rank, "bad_argument" if rank == 1 else "allreduce", **({} if rank == 1 else {"delay_s": 0.01}))
+        answers = [group.answer(rank) for rank in range(group.world_size)]
+        errors([answers.pop(1)], "RuntimeError", "x must lie in the workspace's buffer")
+        errors(answers, "RankDisagreement", "rank 1 refused its call because of a bad argument")
+    assert works(group)
+
+
+def test_a_bad_argument_on_all_ranks(group):
+    errors(group.run("bad_argument"), "RuntimeError", "x must lie in the workspace's buffer")
+    assert works(group)
+
+
+def test_a_rank_that_does_not_come(shared):
+    shared.succeed("open", timeout_s=0.3)
+    assert works(shared)  # the first call has ten times the time
+    others = [rank for rank in range(shared.world_size) if rank != 1]
+    answers = shared.run("allreduce", others)
+    errors(answers, "CommunicationTimeout", r"rank \d (waited 0.3 s for|gave up waiting for) rank 1.*entry")
+    assert all(answer["waited_s"] < 5 and answer["nan_rows"] == 0 for answer in answers)
+    errors(shared.run("allreduce", others), "CommunicationTimeout", r"the workspace does not work, reset\(\) it")
+    errors(shared.run("allreduce", [1]), "CommunicationTimeout", "gave up waiting for rank 1")
+    assert shared.succeed("reset") == [2] * shared.world_size
+    assert works(shared)
+
+
+def test_a_rank_that_has_closed_its_workspace(group):
+    group.succeed("close", ranks=[1])
+    others = [rank for rank in range(group.world_size) if rank != 1]
+    answers = group.run("allreduce", others)
+    errors(answers, "PeerLost", r"rank 1 has closed its workspace")
+    assert all(answer["waited_s"] < 5 for answer in answers)
+
+
+def test_closing_under_a_waiting_thread(group):
+    (raised,) = group.succeed("close_while_waiting", ranks=[0])
+    assert len(raised) == 1 and "closed its workspace" in raised[0]
+
+
+def test_one_rank_with_an_impossible_workspace(shared):
+    for rank in range(shared.world_size):
+        shared.start(rank, "open", timeout_s=0 if rank == 1 else 5)
+    for rank in range(shared.world_size):
+        text = "Workspace: timeout_s must be positive and finite, got 0"
+        errors([shared.answer(rank)], "ValueError", text if rank == 1 else f"Workspace: rank 1 refused: {text}")
+    shared.opened_with = None
+    assert shared.succeed("open") and works(shared)
+
+
+def test_nothing_is_left_behind(group):
+    group.succeed("close")
+    assert group.succeed("memory") == [[0, 0]] * group.world_size
+
+
+# ---------------------------------------------------------------------------------------------------- a rank is no more
+
+
+@pytest.mark.parametrize("world_size", [2, 4])
+def test_a_killed_process_is_named_at_once(start, world_size):
+    shared_memory = set(os.listdir("/dev/shm"))
+    group = start(world_size)
+    group.succeed("open", timeout_s=30)
+    assert works(group)
+    survivors = [rank for rank in range(world_size) if rank != 1]
+    for rank in survivors:
+        group.start(rank, "allreduce")
+    time.sleep(0.3)  # they are asleep in the call by now
+    killed = time.perf_counter()
+    os.kill(group.pids[1], signal.SIGKILL)
+    answers = [group.answer(rank) for rank in survivors]
+    took_s = time.perf_counter() - killed
+    errors(answers, "PeerLost", "the process of rank 1 has ended")
+    assert took_s < 2.0, f"it took {took_s:.2f} s"
+    errors(group.run("allreduce", survivors), "PeerLost", "the workspace does not work")
+    group.end()
+    assert set(os.listdir("/dev/shm")) <= shared_memory
+
+
+def test_interrupt_while_waiting(start):
+    """Ctrl-C in one rank: KeyboardInterrupt there, an error that says so on the others, at once."""
+    group = start(2)
+    group.succeed("open", timeout_s=30)
+    assert works(group)
+    group.start(0, "allreduce")
+    time.sleep(0.3)
+    sent = time.perf_counter()
+    os.kill(group.pids[0], signal.SIGINT)
+    errors([group.answer(0)], "KeyboardInterrupt", "")
+    assert time.perf_counter() - sent < 2.0
+    errors(group.run("allreduce", [1]), "CommunicationError", "rank 0 was interrupted")
+    group.succeed("reset")
+    assert works(group)

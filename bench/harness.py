@@ -1,6 +1,7 @@
 """The benchmark harness: what a family describes (Case), what is measured for it, and the one JSON schema of results.
 
-A family file holds `cases(device, quick) -> list[Case]`. A case names its buffers, its contestants (ours first), a
+A family file holds `cases(device, quick) -> list[Case]`, and for ops between processes
+`rank_cases(device, quick) -> list[ranks.RankCase]`. A case names its buffers, its contestants (ours first), a
 float64 reference, the bytes that must move and the limit they resemble. The harness allocates, checks every contestant
 against the reference, and only then times them, interleaved, on buffers that rotate through more memory than the caches
 hold.
@@ -8,9 +9,11 @@ hold.
 
 from __future__ import annotations
 
+import importlib.util
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import torch
 
@@ -26,14 +29,16 @@ DTYPE_NAME = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp3
 
 @dataclass(frozen=True)
 class Contestant:
-    """`bind(buffers)` returns the call to time, with nothing left to look up. `outputs` maps each result of the
-    reference to the buffer that holds it after the call, or to RETURNED; a yardstick computes nothing and has none."""
+    """`bind(buffers)` returns the call to time, with nothing left to look up. `outputs` maps the results of the
+    reference that it computes to the buffers that hold them after the call, or to RETURNED; a yardstick computes
+    nothing and has none. `undo(buffers)` returns a call that takes back what repeated calls would do to the values."""
 
     name: str
     formulation: str
     bind: Callable[[Tensors], timing.Call]
     outputs: dict[str, str] = field(default_factory=dict)
     yardstick: bool = False
+    undo: Callable[[Tensors], timing.Call] | None = None
 
 
 @dataclass
@@ -51,6 +56,14 @@ class Case:
     limit: Limit
     skipped: dict[str, str] = field(default_factory=dict)  # baselines that cannot run here, and why
     independent_rows: bool = True  # the reference may be computed on a sample of rows
+    close: Callable[[], object] = lambda: None  # gives back what the case's buffers were placed in
+
+
+def load_family(path: Path):
+    spec = importlib.util.spec_from_file_location(f"bench_family_{path.stem}", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 def fill_values(tensor: torch.Tensor, generator: torch.Generator) -> None:
@@ -82,7 +95,7 @@ def make_inputs(case: Case, device: torch.device) -> Tensors:
 
 
 def _row_sample(case: Case, device: torch.device) -> torch.Tensor | None:
-    rows = {buffer.shape[0] for buffer in case.buffers.values() if buffer.rotates}
+    rows = {buffer.shape[buffer.row_dim] for buffer in case.buffers.values() if buffer.rotates}
     elements = max(math.prod(buffer.shape) for buffer in case.buffers.values() if buffer.rotates)
     if not case.independent_rows or len(rows) != 1 or elements <= CHECKED_ELEMENTS:
         return None
@@ -97,12 +110,14 @@ class Checker:
     def __init__(self, case: Case, inputs: Tensors, machine):
         self.case, self.inputs, self.machine = case, inputs, machine
         self.sample = _row_sample(case, next(iter(inputs.values())).device)
-        self.expected = case.reference(
-            {name: self._take(tensor, case.buffers[name].rotates).double() for name, tensor in inputs.items()}
-        )
+        self.expected = case.reference({name: self._take(tensor, name).double() for name, tensor in inputs.items()})
 
-    def _take(self, tensor: torch.Tensor, rotates: bool = True) -> torch.Tensor:
-        return tensor if self.sample is None or not rotates else tensor[self.sample]
+    def _take(self, tensor: torch.Tensor, name: str) -> torch.Tensor:
+        """The sampled rows of a buffer, or of a returned tensor."""
+        buffer = self.case.buffers.get(name)
+        if self.sample is None or (buffer and not buffer.rotates):
+            return tensor
+        return tensor.index_select(buffer.row_dim if buffer else 0, self.sample)
 
     def error(self, contestant: Contestant, buffers: Tensors) -> float:
         for name, tensor in buffers.items():
@@ -110,8 +125,8 @@ class Checker:
         holders = buffers | {RETURNED: contestant.bind(buffers)()}
         self.machine.synchronize()
         return max(
-            max_error(self._take(holders[contestant.outputs[result]]), expected)
-            for result, expected in self.expected.items()
+            max_error(self._take(holders[holder], holder), self.expected[result])
+            for result, holder in contestant.outputs.items()
         )
 
 
@@ -120,6 +135,13 @@ class Checker:
 
 def run_case(case: Case, machine, budget_s: float, monitor=None) -> list[dict]:
     """The rows of one case: cold if its buffers can exceed the caches, hot if one set is small."""
+    try:
+        return _run_case(case, machine, budget_s, monitor)
+    finally:
+        case.close()
+
+
+def _run_case(case: Case, machine, budget_s: float, monitor) -> list[dict]:
     sets, is_cold = rotation_sets(case.buffers, case.limit, machine)
     buffers = allocate(case.buffers, sets, machine)
     inputs = make_inputs(case, next(iter(buffers[0].values())).device)
@@ -128,10 +150,16 @@ def run_case(case: Case, machine, budget_s: float, monitor=None) -> list[dict]:
     for contestant in case.contestants:
         if contestant.yardstick:
             continue
+        error, problem = math.inf, None
         try:
-            errors[contestant.name] = checker.error(contestant, buffers[0])
-        except Exception as error:  # a contestant that cannot run here must not take the others with it
-            skipped[contestant.name] = timing.first_line(error)
+            error = checker.error(contestant, buffers[0])
+        except Exception as raised:  # a contestant that cannot run here must not take the others with it
+            problem = timing.first_line(raised)
+        error, problem = machine.agree(error, problem)
+        if problem is None:
+            errors[contestant.name] = error
+        else:
+            skipped[contestant.name] = problem
     for one in buffers:
         for name, values in inputs.items():
             one[name].copy_(values)
@@ -161,8 +189,11 @@ def _measured(row, case, machine, contestants, buffers, cache, budget_s, monitor
     # Repeated in-place calls must keep values sane without timed work: a family file says why its op's values do not
     # drift away, and the check at the end catches it if they do.
     rotation = timing.Rotation(len(buffers))
-    samplers = {c.name: machine.sampler([c.bind(one) for one in buffers], rotation) for c in contestants}
-    states_limit = cache == "cold" and case.bytes >= MIN_LIMIT_BYTES
+    samplers = {}
+    for c in contestants:
+        undo = [c.undo(one) for one in buffers] if c.undo else None
+        samplers[c.name] = machine.sampler([c.bind(one) for one in buffers], rotation, undo)
+    states_limit = cache == "cold" and case.bytes >= MIN_LIMIT_BYTES and case.limit.kind != "none"
     if states_limit:
         kind, calls, limit_bytes = machine.limit_calls(case.limit, buffers)
         samplers["limit"] = machine.sampler(calls, rotation if len(calls) == len(buffers) else timing.Rotation(1))

@@ -21,12 +21,15 @@ Tensors = dict[str, torch.Tensor]
 
 @dataclass(frozen=True)
 class Buffer:
-    """One tensor of a buffer set. `fill` makes its values; without it it is an output. Scratch does not rotate."""
+    """One tensor of a buffer set. `fill` makes its values; without it it is an output. Scratch does not rotate.
+    `place(n)` makes it for n sets where it cannot lie anywhere, as in memory shared between ranks."""
 
     shape: tuple[int, ...]
     dtype: torch.dtype
     fill: Callable[[torch.Tensor, torch.Generator], None] | None = None
     rotates: bool = True
+    place: Callable[[int], list[torch.Tensor]] | None = None
+    row_dim: int = 0  # the dimension that counts rows
 
     @property
     def bytes(self) -> int:
@@ -35,11 +38,27 @@ class Buffer:
 
 @dataclass(frozen=True)
 class Limit:
-    kind: str  # "rmw", "copy" or "read"
+    kind: str  # "rmw", "copy", "read", or "none" where nothing comparable can be measured
     buffers: tuple[str, ...]  # what our op touches; copy: sources, then destinations
+    parts: Callable[[Tensors], list[torch.Tensor]] | None = None  # contiguous pieces of them, if not the whole buffers
+    part_bytes: int | None = None  # of those pieces
+
+    def tensors(self, one: Tensors) -> list[torch.Tensor]:
+        return self.parts(one) if self.parts else [one[name] for name in self.buffers]
+
+    def touched_bytes(self, buffers: dict[str, Buffer]) -> int:
+        return self.part_bytes or sum(buffers[name].bytes for name in self.buffers)
 
 
-class CpuMachine:
+class Machine:
+    """What a process that measures alone does; ranks that measure together override it (bench/ranks.py)."""
+
+    def agree(self, error: float, problem: str | None) -> tuple[float, str | None]:
+        """The error and the exception of a contestant, as all who measure see them."""
+        return error, problem
+
+
+class CpuMachine(Machine):
     kind = "cpu"
 
     def __init__(self, cache_bytes: int | None = None, memory_cap: int = CPU_MEMORY_CAP, clock=time.perf_counter):
@@ -61,32 +80,34 @@ class CpuMachine:
             offset += _padded(buffer.bytes)
         return tensors
 
-    def sampler(self, calls: list[timing.Call], rotation: timing.Rotation):
-        return timing.HostSampler(calls, rotation, self.clock)
+    def sampler(self, calls: list[timing.Call], rotation: timing.Rotation, undo: list[timing.Call] | None = None):
+        return timing.HostSampler(calls, rotation, self.clock, undo)
 
     def limit_calls(self, limit: Limit, sets: list[Tensors]) -> tuple[str, list[timing.Call], int]:
         """The limit runs as one more contestant, on the very buffers of the case."""
-        pairs = [limits.stream_call(limit.kind, [buffers[name] for name in limit.buffers]) for buffers in sets]
+        pairs = [limits.stream_call(limit.kind, limit.tensors(one)) for one in sets]
         return limit.kind, [call for call, _ in pairs], pairs[0][1]
 
     def synchronize(self) -> None:
         pass
 
 
-class CudaMachine:
+class CudaMachine(Machine):
     kind = "cuda"
 
     def __init__(self, cache_bytes: int | None = None):
         self.cache_bytes = cache_bytes or torch.cuda.get_device_properties(0).L2_cache_size
         self.clock = time.perf_counter
         self.memory_cap = int(torch.cuda.mem_get_info()[0] * 0.6)
-        self.driver = timing.CudaDriver()
+        self.driver = timing.CudaDriver(torch.cuda.current_device())
         self._copy: tuple[timing.Call, int] | None = None
 
     def empty(self, buffers: list[Buffer]) -> list[torch.Tensor]:
         return [torch.empty(buffer.shape, dtype=buffer.dtype, device="cuda") for buffer in buffers]
 
-    def sampler(self, calls: list[timing.Call], rotation: timing.Rotation):
+    def sampler(self, calls: list[timing.Call], rotation: timing.Rotation, undo: list[timing.Call] | None = None):
+        if undo:
+            raise ValueError("a CUDA graph holds many calls: nothing can be undone between them")
         return timing.CudaSampler(calls, self.driver)
 
     def limit_calls(self, limit: Limit, sets: list[Tensors]) -> tuple[str, list[timing.Call], int]:
@@ -108,7 +129,7 @@ def _padded(size: int) -> int:
 
 def rotation_sets(buffers: dict[str, Buffer], limit: Limit, machine) -> tuple[int, bool]:
     """Buffer sets so that what our op touches exceeds the caches, and whether they do. 1 set: only hot is possible."""
-    touched = sum(buffers[name].bytes for name in limit.buffers)
+    touched = limit.touched_bytes(buffers)
     full = sum(_padded(buffer.bytes) for buffer in buffers.values() if buffer.rotates)
     wanted = max(2, COLD_FACTOR[machine.kind] * machine.cache_bytes // touched + 1)
     if wanted > MAX_COLD_SETS:
@@ -121,6 +142,11 @@ def allocate(buffers: dict[str, Buffer], sets: int, machine) -> list[Tensors]:
     """`sets` buffer sets; scratch buffers are shared by all of them."""
     rotating = {name: buffer for name, buffer in buffers.items() if buffer.rotates}
     scratch = {name: buffer for name, buffer in buffers.items() if not buffer.rotates}
-    tensors = iter(machine.empty([*scratch.values(), *(list(rotating.values()) * sets)]))
+    placed = {name: buffer.place(sets) for name, buffer in rotating.items() if buffer.place}
+    free = [name for name in rotating if name not in placed]
+    tensors = iter(machine.empty([*scratch.values(), *([rotating[name] for name in free] * sets)]))
     shared = {name: next(tensors) for name in scratch}
-    return [shared | {name: next(tensors) for name in rotating} for _ in range(sets)]
+    return [
+        shared | {name: next(tensors) for name in free} | {name: tensors_of[i] for name, tensors_of in placed.items()}
+        for i in range(sets)
+    ]

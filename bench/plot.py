@@ -31,8 +31,8 @@ LIMIT_NAME = {"rmw": "in-place read-modify-write", "copy": "copy", "read": "read
 
 
 def split_case(case: str) -> tuple[int, str] | None:
-    """`4096x8192` -> (4096, "8192"): the leading number is the x axis, the rest tells lines apart."""
-    match = re.fullmatch(r"(\d+)x([\dx]+)", case)
+    """`4096x8192 x2` -> (4096, "8192 x2"): the leading number is the x axis, the rest tells lines apart."""
+    match = re.fullmatch(r"(\d+)x([\dx]+( .+)?)", case)
     return (int(match[1]), match[2]) if match else None
 
 

@@ -27,6 +27,7 @@ README = ROOT / "README.md"
 RESULTS = ROOT / "bench" / "results"
 BLOCK = re.compile(r"(<!-- results -->\n).*?(<!-- end of results -->)", re.S)
 EXCERPT = re.compile(r"(<!-- bench:begin -->\n).*?(<!-- bench:end -->)", re.S)
+EXCERPT_BASELINES = ("eager", "compile", "gloo", "gloo_strong", "nccl")
 NO_RESULTS = "No results have been committed yet. `python bench/run.py` prints those of your machine."
 
 
@@ -147,7 +148,7 @@ def excerpt(readme: str, results: Path = RESULTS) -> str:
         largest = [row for row in largest if row["pct_of_limit"] is not None]
         if not largest:
             continue
-        names = ["eager", "compile"]
+        names = [name for name in EXCERPT_BASELINES if name in baseline_names(largest)]
         titles = ["op", *headings([])[:-1], "of limit", *(f"vs {name}" for name in names)]
         lines = ["| " + " | ".join(titles) + " |", "|" + "---|" * 4 + "---:|" * (len(titles) - 4)]
         lines += ["| " + " | ".join([f"`{row['op']}`", *cells(row, names)]) + " |" for row in largest]

@@ -5,13 +5,12 @@
     python bench/run.py --quick --json build/bench.json  a few cases in under a minute, kept for bench/plot.py
     python bench/run.py --family allreduce_rmsnorm --op add_rms_norm_ --device cuda
 
-Exits with 1 if a kernel's result is wrong: such a row prints no speed.
+Exits with 1 if a kernel's result is wrong, and such a row prints no speed, or if processes that measure together fail.
 """
 
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import json
 import os
 import sys
@@ -23,7 +22,8 @@ sys.path.append(str(BENCH.parent))
 
 import torch  # noqa: E402
 
-from bench import environment, harness, machines, report  # noqa: E402
+from bench import environment, harness, machines, ranks, report  # noqa: E402
+from bench.harness import load_family  # noqa: E402
 from bench.terminal import Terminal  # noqa: E402
 
 BUDGET_S = {False: 1.5, True: 0.6}  # of timing per row; quick or not
@@ -33,13 +33,6 @@ def find_families(directory: Path) -> dict[str, Path]:
     """Family files are those that define `cases`: a new family is one new file."""
     files = sorted(directory.glob("*.py"))
     return {path.stem: path for path in files if "\ndef cases(" in path.read_text()}
-
-
-def load_family(path: Path):
-    spec = importlib.util.spec_from_file_location(f"bench_family_{path.stem}", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -53,20 +46,49 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
-def select_cases(options: argparse.Namespace, device: str) -> list[harness.Case]:
+def select_cases(
+    options: argparse.Namespace, device: str
+) -> tuple[list[harness.Case], list[tuple[Path, int, ranks.RankCase]]]:
+    """The cases of this process, and those between processes with the file and the index by which a rank finds them."""
     families = find_families(options.families)
     if options.family and options.family not in families:
         raise SystemExit(f"run.py: no family {options.family!r}; there are: {', '.join(families) or 'none'}")
     chosen = [options.family] if options.family else list(families)
-    cases = [case for name in chosen for case in load_family(families[name]).cases(device, options.quick)]
+    cases, rank_cases = [], []
+    for name in chosen:
+        module = load_family(families[name])
+        cases += module.cases(device, options.quick)
+        between = module.rank_cases(device, options.quick) if hasattr(module, "rank_cases") else []
+        rank_cases += [(families[name], index, case) for index, case in enumerate(between)]
     selected = [case for case in cases if options.op in (None, case.op)]
-    if not selected:
-        ops = ", ".join(dict.fromkeys(case.op for case in cases))
+    rank_selected = [entry for entry in rank_cases if options.op in (None, entry[2].op)]
+    if not selected and not rank_selected:
+        ops = ", ".join(dict.fromkeys(case.op for case in [*cases, *(entry[2] for entry in rank_cases)]))
         wanted = (
             f"op {options.op!r}" if options.op else f"family {options.family!r}" if options.family else "any family"
         )
         raise SystemExit(f"run.py: no {'quick ' * options.quick}case of {wanted}; there are: {ops or 'none'}")
-    return selected
+    return selected, rank_selected
+
+
+def describe_case(case: harness.Case | ranks.RankCase) -> str:
+    return f"{case.op} {case.case} {harness.DTYPE_NAME[case.dtype]}"
+
+
+def run_between_ranks(cases, device: str, cache_bytes: int | None, quick: bool, advance, take) -> str | None:
+    """take(rows) for every case; what went wrong if the ranks failed, with which the remaining cases are left out."""
+    if device == "cuda":
+        torch.cuda.empty_cache()  # the ranks are processes of their own
+    for world_size in dict.fromkeys(case.world_size for _, _, case in cases):
+        with ranks.Processes(world_size, device, cache_bytes) as processes:
+            for family, index, case in cases:
+                if case.world_size == world_size:
+                    advance(describe_case(case))
+                    try:
+                        take(processes.run_case(family, quick, index, BUDGET_S[quick]))
+                    except ranks.RanksFailed as error:
+                        return f"{describe_case(case)}: {error}"
+    return None
 
 
 def main() -> int:
@@ -75,23 +97,27 @@ def main() -> int:
     if device == "cuda" and not torch.cuda.is_available():
         raise SystemExit("run.py: --device cuda, but torch sees no GPU; run with --device cpu")
     terminal = Terminal()
-    cases = select_cases(options, device)
+    cases, rank_cases = select_cases(options, device)
     monitor = environment.GpuMonitor() if device == "cuda" else None
     cache_bytes = int(os.environ.get("TOKENWEAVE_BENCH_CACHE_BYTES", "0")) or None  # None: what the machine reports
     machine = {"cpu": machines.CpuMachine, "cuda": machines.CudaMachine}[device](cache_bytes)
     env, others = environment.describe(device, monitor), environment.OtherLoad()
 
     rows: list[dict] = []
-    with terminal.progress(len(cases) + 1) as advance:
-        limits = harness.measure_machine(machine)
-        for case in cases:
-            advance(f"{case.op} {case.case} {harness.DTYPE_NAME[case.dtype]}")
-            with torch.no_grad():  # as an inference engine runs; a training case turns it on in its contestants
-                measured = harness.run_case(case, machine, BUDGET_S[options.quick], monitor)
-            rows += measured
+    with terminal.progress(len(cases) + len(rank_cases) + 1) as advance:
+
+        def take(measured: list[dict]) -> None:
+            rows.extend(measured)
             if not terminal.is_live:  # no bar: a line per row, so that a log shows life
                 for row in measured:
                     terminal.print(" ".join([row["op"], *report.cells(row, [])]))
+
+        limits = harness.measure_machine(machine)
+        for case in cases:
+            advance(describe_case(case))
+            with torch.no_grad():  # as an inference engine runs; a training case turns it on in its contestants
+                take(harness.run_case(case, machine, BUDGET_S[options.quick], monitor))
+        failure = run_between_ranks(rank_cases, device, machine.cache_bytes, options.quick, advance, take)
     env["other_load"] = others.share()
     if monitor:
         env["clocks_after"] = monitor.snapshot()
@@ -103,7 +129,9 @@ def main() -> int:
         options.json.parent.mkdir(parents=True, exist_ok=True)
         options.json.write_text(json.dumps(doc, indent=1) + "\n")
         terminal.print(f"written: {options.json}")
-    return 0 if all(row["ok"] for row in rows) else 1
+    if failure:
+        print(f"run.py: the ranks failed, rows are missing: {failure}", file=sys.stderr)
+    return 0 if not failure and all(row["ok"] for row in rows) else 1
 
 
 if __name__ == "__main__":

@@ -77,25 +77,35 @@ def interleave(
 
 
 class HostSampler:
-    """Times calls with the host's clock; `inner` consecutive calls, each on the next set, make one sample."""
+    """Times calls with the host's clock; `inner` consecutive calls, each on the next set, make one sample. `undo` holds
+    a call per set that takes back, untimed, what a call would otherwise do to the values again and again."""
 
-    def __init__(self, calls: Sequence[Call], rotation: Rotation, clock=time.perf_counter):
-        self.calls, self.rotation, self.clock, self.inner = calls, rotation, clock, 1
+    MOST_INNER = 10_000
+
+    def __init__(self, calls: Sequence[Call], rotation: Rotation, clock=time.perf_counter, undo=None):
+        self.calls, self.rotation, self.clock, self.undo, self.inner = calls, rotation, clock, undo, 1
 
     def warm_up(self, sample_s: float = 200e-6) -> None:
         """Runs once untimed, then takes as many calls per sample as make the clock's own cost negligible."""
         self()
         once = self()
-        most = 10_000 if self.rotation.sets == 1 else max(1, self.rotation.sets // 4)
+        most = self.MOST_INNER if self.rotation.sets == 1 else max(1, self.rotation.sets // 4)
         self.inner = min(most, max(1, math.ceil(sample_s / max(once, 1e-9))))
         self()
 
     def __call__(self) -> float:
-        chosen = [self.calls[self.rotation.next()] for _ in range(self.inner)]
+        chosen = [self.rotation.next() for _ in range(self.inner)]
+        seconds = self._time([self.calls[index] for index in chosen])
+        if self.undo:
+            for index in chosen:
+                self.undo[index]()
+        return seconds / self.inner
+
+    def _time(self, calls: Sequence[Call]) -> float:
         start = self.clock()
-        for call in chosen:
+        for call in calls:
             call()
-        return (self.clock() - start) / self.inner
+        return self.clock() - start
 
 
 # --- CUDA -------------------------------------------------------------------------------------------------------------

@@ -187,8 +187,9 @@ class InterruptPoll:
         result = 0
         while True:
             try:
-                yield result
-                result = 0
+                while True:  # inside the try: handlers run at a loop's jump back as well
+                    yield result
+                    result = 0
             except GeneratorExit:
                 raise
             except BaseException as error:

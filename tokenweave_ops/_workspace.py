@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import itertools
 import logging
-import math
 import mmap
 import os
 import re
 import socket
 import threading
 import uuid
+import weakref
 from collections.abc import Callable
 
 import torch
@@ -25,6 +26,7 @@ logger = logging.getLogger("tokenweave_ops")
 MAX_WORLD_SIZE = 16
 MAX_CHANNELS = 16
 DEFAULT_TIMEOUT_S = 60.0
+MIN_TIMEOUT_S, MAX_TIMEOUT_S = 1e-3, 1e6
 FIRST_CALL_FACTOR = 10.0  # kernels load, compilers run, and not at the same time on all ranks
 
 # Words of a pad and of a record, as in csrc/allreduce_rmsnorm/workspace.h.
@@ -32,7 +34,10 @@ _FIRST_PROBE_WORD = 32
 _RECORD_WORDS = 16
 
 define_op("workspace_open(Tensor token, Tensor description) -> ()", fake=lambda token, description: None)
-define_op("workspace_close(Tensor token, int workspace) -> ()", fake=lambda token, workspace: None)
+define_op("workspace_close(Tensor token, int workspace) -> int", fake=lambda token, workspace: 1)
+define_op(
+    "workspace_refuse(Tensor token, int workspace, int channel) -> ()", fake=lambda token, workspace, channel: None
+)
 define_op("workspace_check(Tensor token, int workspace) -> ()", fake=lambda token, workspace: None)
 define_op("workspace_pad_bytes(Tensor token, int num_channels) -> int", fake=lambda token, num_channels: 0)
 
@@ -90,22 +95,20 @@ class _HostMemory:
     """The same number of bytes on every rank of a group of processes on one host, mapped by all of them."""
 
     def __init__(self, agreement: _Agreement, num_bytes: int, what: str):
-        def create():
-            self._descriptor = _create_memory(num_bytes)
-            own = _map_memory(self._descriptor, num_bytes)
-            own.zero_()  # its pages now lie near the processor that will use them most
-            return own
+        descriptor = -1
 
-        own = agreement.attempt(f"allocating {num_bytes} bytes of {what}", create)
-        handles = agreement.gather((os.getpid(), self._descriptor))
+        def create():
+            nonlocal descriptor
+            descriptor = _create_memory(num_bytes)
+            return _map_memory(descriptor, num_bytes)
 
         def attach():
             tensors = []
-            for rank, (process, descriptor) in enumerate(handles):
+            for rank, (process, peer_descriptor) in enumerate(handles):
                 if rank == agreement.rank:
                     tensors.append(own)
                     continue
-                peer = os.open(f"/proc/{process}/fd/{descriptor}", os.O_RDWR | os.O_CLOEXEC)
+                peer = os.open(f"/proc/{process}/fd/{peer_descriptor}", os.O_RDWR | os.O_CLOEXEC)
                 try:
                     tensors.append(_map_memory(peer, num_bytes))
                 finally:
@@ -113,9 +116,12 @@ class _HostMemory:
             return tensors
 
         try:
+            own = agreement.attempt(f"allocating {num_bytes} bytes of {what}", create)
+            handles = agreement.gather((os.getpid(), descriptor))
             self.tensors: list[Tensor] = agreement.attempt(f"mapping the {what} of the other ranks", attach)
         finally:
-            os.close(self._descriptor)
+            if descriptor >= 0:
+                os.close(descriptor)
         self.addresses = [tensor.data_ptr() for tensor in self.tensors]
         self.multicast_address = 0
 
@@ -124,10 +130,12 @@ class _DeviceMemory:
     """The same number of bytes on every GPU of a group, through torch's symmetric memory."""
 
     def __init__(self, agreement: _Agreement, num_bytes: int, what: str, device: torch.device):
-        from torch.distributed import _symmetric_memory as symmetric_memory
+        from torch._C._distributed_c10d import _SymmetricMemory
 
         def allocate():
-            own = symmetric_memory.empty(num_bytes, dtype=torch.uint8, device=device)
+            # Not symmetric_memory.empty(): its pool hands memory out again, and ranks whose pools differ would meet in
+            # different memory.
+            own = _SymmetricMemory.empty_strided_p2p((num_bytes,), (1,), torch.uint8, device)
             own.zero_()
             torch.cuda.synchronize(device)
             return own
@@ -135,17 +143,15 @@ class _DeviceMemory:
         own = agreement.attempt(f"allocating {num_bytes} bytes of symmetric memory for the {what}", allocate)
 
         def rendezvous():
-            self._handle = symmetric_memory.rendezvous(own, agreement.group)
+            self._handle = _SymmetricMemory.rendezvous(own, agreement.group.group_name)
             return [
-                own if rank == agreement.rank else self._handle.get_buffer(rank, (num_bytes,), torch.uint8)
+                own if rank == agreement.rank else self._handle.get_remote_tensor(rank, (num_bytes,), torch.uint8)
                 for rank in range(agreement.world_size)
             ]
 
         self.tensors: list[Tensor] = agreement.attempt(f"mapping the {what} of the other ranks", rendezvous)
         self.addresses = [tensor.data_ptr() for tensor in self.tensors]
-        multicast = int(self._handle.multicast_ptr or 0)
-        offset = own.data_ptr() - int(self._handle.buffer_ptrs[agreement.rank])
-        self.multicast_address = multicast + offset if multicast else 0
+        self.multicast_address = int(self._handle.multicast_ptr or 0)
 
 
 class _LocalMemory:
@@ -191,12 +197,12 @@ def _round_up(value: int, multiple: int) -> int:
     return -(-value // multiple) * multiple
 
 
-def _default_timeout_s() -> float:
-    text = os.environ.get("TOKENWEAVE_TIMEOUT_S", "")
+def _number(variable: str, default: float) -> float:
+    text = os.environ.get(variable, "")
     try:
-        return float(text) if text else DEFAULT_TIMEOUT_S
+        return float(text) if text else default
     except ValueError:
-        raise ValueError(f"Workspace: TOKENWEAVE_TIMEOUT_S must be a number of seconds, got {text!r}") from None
+        raise ValueError(f"Workspace: {variable} must be a number, got {text!r}") from None
 
 
 class Workspace:
@@ -273,9 +279,9 @@ class Workspace:
                 raise ValueError(f"Workspace: transport must be auto, peer or multimem, got {transport!r}")
             if transport == "multimem" and self.device.type == "cpu":
                 raise ValueError("Workspace: transport must be peer or auto on a CPU, got 'multimem'")
-        except (ValueError, TypeError) as error:
+        except Exception as error:
             problem = str(error)
-        facts = {"problem": problem}
+        facts = {"problem": problem, "transport": transport}
         if problem is None:
             facts |= {
                 "host": _host_identity() if self.device.type == "cpu" else None,
@@ -296,6 +302,11 @@ class Workspace:
                     f"Workspace: device must be of one type on all ranks, got {self.device.type} here and "
                     f"{other['device_type']} on rank {rank}"
                 )
+            if other["transport"] != transport:
+                raise ValueError(
+                    f"Workspace: transport must be the same on all ranks, got {transport!r} here and "
+                    f"{other['transport']!r} on rank {rank}"
+                )
             if other["host"] != facts["host"]:
                 raise CommunicationError(
                     f"Workspace: CPU ranks must be processes of one host and one process namespace, but rank "
@@ -305,11 +316,13 @@ class Workspace:
         self._staging_bytes = min(other["staging_bytes"] for other in everyone)
         self.num_channels = min(other["num_channels"] for other in everyone)
         self._agreement = agreement
-        self._prepare(agreement.rank, agreement.world_size, False, torch.ops.tokenweave)
-        self._liveness = [-1] * self.world_size
+        agreement.attempt(
+            "preparing the workspace",
+            lambda: self._prepare(agreement.rank, agreement.world_size, False, torch.ops.tokenweave),
+        )
         if self.device.type == "cpu":
-            self._liveness = agreement.attempt("watching the other ranks' processes", self._open_liveness())
-        self._interrupt = _library.InterruptPoll() if self.device.type == "cpu" else None
+            self._interrupt = _library.InterruptPoll()
+            agreement.attempt("watching the other ranks' processes", self._open_liveness())
         self._memory = self._shared_memory("buffers", self._buffer_bytes + self.num_channels * self._staging_bytes)
         self._pads = self._shared_memory("pads", self._pad_bytes)
         has_multicast = all(agreement.gather(bool(self._memory.multicast_address and self._pads.multicast_address)))
@@ -319,7 +332,7 @@ class Workspace:
             )
         self.transport = "multimem" if has_multicast and transport != "peer" else "peer"
         self._probe()
-        self._open()
+        agreement.attempt("opening the workspace", self._open)
         self._trial()
         if self.rank == 0:
             logger.info("%s", self)
@@ -349,8 +362,6 @@ class Workspace:
             raise ValueError(f"Workspace: world_size must be 1 to {MAX_WORLD_SIZE}, got {world_size}")
         self._agreement = None
         self._prepare(0, world_size, True, torch.ops.tokenweave_simt if is_simt else torch.ops.tokenweave)
-        self._liveness = [-1] * world_size
-        self._interrupt = None
         num_bytes = self._buffer_bytes + self.num_channels * self._staging_bytes
         self._memory = _LocalMemory(world_size, num_bytes, self.device)
         self._pads = _LocalMemory(world_size, self._pad_bytes, self.device)
@@ -369,9 +380,14 @@ class Workspace:
             raise ValueError(f"Workspace: dtype must be bf16, fp16 or fp32, got {dtype}")
         if not 1 <= num_channels <= MAX_CHANNELS:
             raise ValueError(f"Workspace: num_channels must be 1 to {MAX_CHANNELS}, got {num_channels}")
-        timeout_s = _default_timeout_s() if timeout_s is None else float(timeout_s)
-        if not timeout_s > 0 or not math.isfinite(timeout_s):
-            raise ValueError(f"Workspace: timeout_s must be positive and finite, got {timeout_s:g}")
+        timeout_s = _number("TOKENWEAVE_TIMEOUT_S", DEFAULT_TIMEOUT_S) if timeout_s is None else float(timeout_s)
+        scale = _number("TOKENWEAVE_TIMEOUT_SCALE", 1.0)
+        self.timeout_s = timeout_s * scale
+        if not MIN_TIMEOUT_S <= self.timeout_s <= MAX_TIMEOUT_S:
+            scaled = f" times TOKENWEAVE_TIMEOUT_SCALE={scale:g}" if scale != 1 else ""
+            raise ValueError(
+                f"Workspace: timeout_s must be {MIN_TIMEOUT_S:g} to {MAX_TIMEOUT_S:g}, got {timeout_s:g}{scaled}"
+            )
         self.device = torch.device(device)
         if self.device.type == "cuda" and not torch.cuda.is_available():
             raise ValueError("Workspace: device must be one that torch sees, got cuda, and torch sees no GPU")
@@ -382,13 +398,14 @@ class Workspace:
         self.hidden, self.dtype, self.num_channels = hidden, dtype, num_channels
         self._buffer_bytes = _round_up(max_tokens * hidden * dtype.itemsize, 4096)
         self._staging_bytes = self._buffer_bytes if staging else 0
-        self.timeout_s = timeout_s * float(os.environ.get("TOKENWEAVE_TIMEOUT_SCALE") or 1)
 
     def _prepare(self, rank: int, world_size: int, is_virtual: bool, ops) -> None:
         self.rank, self.world_size, self.is_virtual, self._ops = rank, world_size, is_virtual, ops
         self._ranks_here = world_size if is_virtual else 1
         self.id = next(Workspace._ids)
         self.generation = 0
+        self._liveness = [-1] * world_size
+        self._interrupt = None
         self.token = torch.zeros(1, device=self.device)
         self._pad_bytes = _round_up(ops.workspace_pad_bytes(self.token, self.num_channels), 4096)
         self._watcher = None
@@ -399,18 +416,21 @@ class Workspace:
             return _DeviceMemory(self._agreement, num_bytes, what, self.device)
         return _HostMemory(self._agreement, num_bytes, what)
 
-    def _open_liveness(self) -> Callable[[], list[int]]:
+    def _open_liveness(self) -> Callable[[], None]:
         """A pidfd per peer: it tells of the process's end even if nobody has reaped it, or a fork holds its files."""
         processes = self._agreement.gather(os.getpid())
 
-        def open_all() -> list[int]:
-            try:
-                return [-1 if rank == self.rank else os.pidfd_open(process) for rank, process in enumerate(processes)]
-            except OSError as error:
-                if error.errno not in (errno.ENOSYS, errno.EPERM, errno.EINVAL):  # a sandbox may not have it
-                    raise
-                logger.warning("a process that ends will be noticed at the deadline only: pidfd_open: %s", error)
-                return [-1] * self.world_size
+        def open_all() -> None:
+            for rank, process in enumerate(processes):
+                try:
+                    if rank != self.rank:
+                        self._liveness[rank] = os.pidfd_open(process)
+                except OSError as error:
+                    if error.errno not in (errno.ENOSYS, errno.EPERM, errno.EINVAL):  # a sandbox may not have it
+                        raise
+                    logger.warning(
+                        "the end of rank %d will be noticed at the deadline only: pidfd_open: %s", rank, error
+                    )
 
         return open_all
 
@@ -454,7 +474,8 @@ class Workspace:
 
     def _open(self) -> None:
         pinned = self.device.type == "cuda"
-        self._record = torch.zeros(_RECORD_WORDS, dtype=torch.int64, pin_memory=pinned)
+        # On the CPU whatever the default device is.
+        self._record = torch.zeros(_RECORD_WORDS, dtype=torch.int64, device="cpu", pin_memory=pinned)
         timeout_ns = int(self.timeout_s * 1e9)
         description = [
             self.id, self.world_size, self.rank, self._ranks_here, int(self.transport == "multimem"),
@@ -464,7 +485,7 @@ class Workspace:
             self._memory.multicast_address, self._pads.multicast_address,
             *self._memory.addresses, *self._pads.addresses, *self._liveness,
         ]  # fmt: skip
-        self._ops.workspace_open(self.token, torch.tensor(description, dtype=torch.int64))
+        self._ops.workspace_open(self.token, torch.tensor(description, dtype=torch.int64, device="cpu"))
         self.generation += 1
 
     # --------------------------------------------------------------------------------------------------------- using it
@@ -496,16 +517,31 @@ class Workspace:
         stride = self._memory.tensors[0].numel() // dtype.itemsize
         return views[0].as_strided((self.world_size, num_tokens, hidden), (stride, hidden, 1))
 
-    def call(self, op: Callable, *arguments):
-        """op(*arguments), with failures raised as the classes of this module. Part of the public functions."""
+    def call(self, op: Callable, *arguments, channel: int | None = None):
+        """op(*arguments), with failures raised as the classes of this module. Part of the public functions.
+
+        ``channel``: the op is a collective on it. What is raised before it began is told to the peers.
+        """
         if torch.compiler.is_compiling():
             return op(*arguments)
         try:
             return op(*arguments)
-        except RuntimeError as error:
-            if self._interrupt is not None and (raised := self._interrupt.take()) is not None:
+        except BaseException as error:
+            if channel is not None:
+                self.refuse(channel)
+            if not isinstance(error, RuntimeError):
+                raise
+            raised = self._interrupt.take() if self._interrupt is not None and "was interrupted" in str(error) else None
+            if raised is not None:
                 raise raised from error  # what a signal handler raised while the op waited: KeyboardInterrupt
             raise named_error(error) from None
+
+    def refuse(self, channel: int) -> None:
+        """Tells the peers that this rank will not make the call that they make now, if the op has not told them. Part
+        of the public functions."""
+        with contextlib.suppress(Exception):  # closed, failed or no such channel: there is nobody to tell
+            if not self.is_virtual:
+                self._ops.workspace_refuse(self.token, self.id, channel)
 
     def check(self) -> None:
         """Raises if a call on this workspace has failed, CommunicationError or a subclass. Does not synchronise: on a
@@ -515,18 +551,25 @@ class Workspace:
     def watch(self, on_error: Callable[[RuntimeError], None], interval_s: float = 0.05) -> None:
         """Starts a daemon thread that calls ``on_error(error)`` once if a call fails: for GPU programs that would
         otherwise learn of it at their next call. It ends then, or at :meth:`close`."""
+        if self._closed:
+            raise CommunicationError(f"Workspace.watch: workspace {self.id} is closed")
         if self._watcher is not None and self._watcher.is_alive():
             raise ValueError("Workspace.watch: a watcher is already running")
         stop = self._stop_watching = threading.Event()
+        reference = weakref.ref(self)  # watching a workspace does not keep it
 
         def run():
             while not stop.wait(interval_s):
+                workspace = reference()
+                if workspace is None:
+                    return
                 try:
-                    self.check()
+                    workspace.check()
                 except RuntimeError as error:
                     if not stop.is_set():
                         on_error(error)
                     return
+                del workspace
 
         self._watcher = threading.Thread(target=run, name=f"tokenweave-watch-{self.id}", daemon=True)
         self._watcher.start()
@@ -560,21 +603,28 @@ class Workspace:
         self._closed = True
         if self._watcher is not None:
             self._stop_watching.set()
-        self._ops.workspace_close(self.token, self.id)
+        is_quiet = self._ops.workspace_close(self.token, self.id)
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
         for descriptor in self._liveness:
             if descriptor >= 0:
                 os.close(descriptor)
         self._liveness = []
-        self._memory = self._pads = self._record = self._agreement = None
-        self._retired = []
+        self._agreement = None
+        # Not the record, which is small: another thread may be in check(). And nothing of it under a call that is still
+        # inside, as when its signal handler closes: then it goes with this object.
+        if is_quiet:
+            self._memory = self._pads = None
+            self._retired = []
 
     def __enter__(self) -> Workspace:
         return self
 
     def __exit__(self, *_exception) -> None:
         self.close()
+
+    def __reduce_ex__(self, _protocol):
+        raise TypeError("a Workspace cannot be copied or pickled: its memory belongs to one process")
 
     def __del__(self):
         if getattr(self, "_closed", True):

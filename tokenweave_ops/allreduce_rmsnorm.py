@@ -255,18 +255,20 @@ def add_rms_norm_train(
 _RESIDUAL_MODES = {"sharded": 0, "replicated": 1}
 
 
-def _check_collective(op: str, workspace: Workspace, *tensors: Tensor) -> None:
+def _check_collective(op: str, workspace: Workspace, channel: int, *tensors: Tensor) -> None:
     if not isinstance(workspace, Workspace):
         raise TypeError(f"{op}: workspace must be a tokenweave_ops.Workspace, got {type(workspace).__name__}")
-    if is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
+    if is_grad_enabled() and any(isinstance(tensor, Tensor) and tensor.requires_grad for tensor in tensors):
+        workspace.refuse(channel)
         raise RuntimeError(
             f"{op}: an input requires grad, but collective ops have no gradient; call it under torch.no_grad()"
         )
 
 
-def _residual_mode(op: str, name: str) -> int:
+def _residual_mode(op: str, name: str, workspace: Workspace, channel: int) -> int:
     mode = _RESIDUAL_MODES.get(name)
     if mode is None:
+        workspace.refuse(channel)
         raise ValueError(f"{op}: residual_mode must be 'sharded' or 'replicated', got {name!r}")
     return mode
 
@@ -292,9 +294,8 @@ def allreduce_rmsnorm_(
     same order per channel. Numerics: the module's contract. No gradient.
 
     Args:
-        x: ``[..., hidden]``, contiguous, inside the workspace's buffer (:meth:`Workspace.empty`, or rows of it) at
-        the same
-            place on every rank: this rank's partial sums, overwritten by the result. bf16, fp16 or fp32; hidden a
+        x: ``[..., hidden]``, contiguous, inside the workspace's buffer (:meth:`Workspace.empty`, or rows of it), at the
+            same place on every rank: this rank's partial sums, overwritten by the result. bf16, fp16 or fp32; hidden a
             multiple of 8 up to 16,384; any number of tokens, 0 and fewer than ranks included.
         residual: shape, dtype and device of x, rows at one stride and on 16-byte boundaries, apart from x.
             ``residual_mode="sharded"``: only the rows this rank owns are read, and become h; the others are left
@@ -303,24 +304,26 @@ def allreduce_rmsnorm_(
         weight: ``[hidden]``, contiguous and 16-byte aligned, dtype and device of x.
         workspace: its channel ``channel`` must be free.
         eps, weight_bias: as in :func:`rms_norm`.
-        max_ctas: on a GPU the blocks per rank at most, 1 to 128; 0 means 16. The result does not depend on it. Not
-        used on a
-            CPU, where torch's thread pool does the work.
+        max_ctas: on a GPU the blocks per rank at most, 1 to 128; 0 means 16 (fewer for virtual ranks, whose blocks
+            must all be resident at once). The result does not depend on it. Not used on a CPU.
 
     With virtual ranks x and residual are ``[world_size, num_tokens, hidden]``.
 
     Raises:
-        RuntimeError, ValueError: an argument does not fit. Nothing has been written on any rank; the others get
-        RankDisagreement. CommunicationTimeout, RankDisagreement, PeerLost: see :class:`Workspace`.
+        RuntimeError, ValueError: an argument does not fit. Nothing has been written here; the other ranks get
+            RankDisagreement (on a GPU their x is NaN then).
+        CommunicationTimeout, RankDisagreement, PeerLost: see :class:`Workspace`. In compiled code these are
+            RuntimeErrors that begin with the same words, and :meth:`Workspace.check` raises the class.
 
     Source: TokenWeave, arXiv 2505.11329, sections on the fused kernel; rounding and ownership differ, see the contract.
     """
     op = "allreduce_rmsnorm_"
-    _check_collective(op, workspace, x, residual, weight)
-    mode = _residual_mode(op, residual_mode)
+    _check_collective(op, workspace, channel, x, residual, weight)
+    mode = _residual_mode(op, residual_mode, workspace, channel)
     workspace.call(
         _allreduce_rmsnorm_,
         x, residual, weight, workspace.token, workspace.id, eps, weight_bias, mode, channel, max_ctas,
+        channel=channel,
     )  # fmt: skip
     _increment_versions((x, residual))
 
@@ -344,11 +347,12 @@ def allreduce_rmsnorm(
     :func:`allreduce_rmsnorm_`; x may be strided like that of :func:`rms_norm`, and must fit the staging.
     """
     op = "allreduce_rmsnorm"
-    _check_collective(op, workspace, x, residual, weight)
-    mode = _residual_mode(op, residual_mode)
+    _check_collective(op, workspace, channel, x, residual, weight)
+    mode = _residual_mode(op, residual_mode, workspace, channel)
     y = workspace.call(
         _allreduce_rmsnorm,
         x, residual, weight, workspace.token, workspace.id, eps, weight_bias, mode, channel, max_ctas,
+        channel=channel,
     )  # fmt: skip
     _increment_versions((residual,))
     return y
@@ -356,15 +360,15 @@ def allreduce_rmsnorm(
 
 def allreduce_(x: Tensor, workspace: Workspace, *, channel: int = 0, max_ctas: int = 0) -> None:
     """Sum over ranks in place: ``x <- round(sum of x over ranks)``. x as in :func:`allreduce_rmsnorm_`."""
-    _check_collective("allreduce_", workspace, x)
-    workspace.call(_allreduce_, x, workspace.token, workspace.id, channel, max_ctas)
+    _check_collective("allreduce_", workspace, channel, x)
+    workspace.call(_allreduce_, x, workspace.token, workspace.id, channel, max_ctas, channel=channel)
     _increment_versions((x,))
 
 
 def allreduce(x: Tensor, workspace: Workspace, *, channel: int = 0, max_ctas: int = 0) -> Tensor:
     """Sum over ranks of an x that lies anywhere, as a new tensor. x as in :func:`allreduce_rmsnorm`."""
-    _check_collective("allreduce", workspace, x)
-    return workspace.call(_allreduce, x, workspace.token, workspace.id, channel, max_ctas)
+    _check_collective("allreduce", workspace, channel, x)
+    return workspace.call(_allreduce, x, workspace.token, workspace.id, channel, max_ctas, channel=channel)
 
 
 def gather_residual_(residual: Tensor, workspace: Workspace, *, channel: int = 0, max_ctas: int = 0) -> None:
@@ -373,6 +377,6 @@ def gather_residual_(residual: Tensor, workspace: Workspace, *, channel: int = 0
     For what reads the residual outside the fused chain: a pipeline stage's boundary, a draft model, a debugger. Goes
     through the workspace's staging. residual as in :func:`allreduce_rmsnorm_`.
     """
-    _check_collective("gather_residual_", workspace, residual)
-    workspace.call(_gather_residual_, residual, workspace.token, workspace.id, channel, max_ctas)
+    _check_collective("gather_residual_", workspace, channel, residual)
+    workspace.call(_gather_residual_, residual, workspace.token, workspace.id, channel, max_ctas, channel=channel)
     _increment_versions((residual,))

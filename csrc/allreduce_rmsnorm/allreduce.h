@@ -87,7 +87,7 @@ constexpr uint64_t kSequenceMask = 0xff, kHashMask = 0x7fffff;
   add(static_cast<uint64_t>(params.workspace.transport));
   hash ^= hash >> 23;
   return uint64_t{1} << 63 | (params.sequence & kSequenceMask) << kSequenceShift | (hash & kHashMask) << kHashShift |
-         static_cast<uint64_t>(params.offset / 16);
+         (static_cast<uint64_t>(params.offset / 16) & 0xffffffff);
 }
 
 // How the CUDA launcher maps rows to blocks. A pure function of what all ranks know, never of the GPU at hand: ranks

@@ -1,8 +1,5 @@
 // allreduce_rmsnorm_, allreduce_rmsnorm, allreduce_, allreduce and gather_residual_: argument checks, staging, one call
 // of the contract. A rank that refuses its arguments tells the others, who would wait for it.
-#include <sys/syscall.h>
-#include <unistd.h>
-
 #include "allreduce_rmsnorm/allreduce.h"
 #include "allreduce_rmsnorm/norm_torch.h"
 #include "allreduce_rmsnorm/rms_norm.h"
@@ -15,7 +12,8 @@ namespace tokenweave::inline TOKENWEAVE_BACKEND {
 namespace {
 
 constexpr int64_t kDefaultMaxCtas = 16;
-constexpr int64_t kReplicated = 1;  // residual_mode; 0: sharded
+constexpr int64_t kVirtualCtas = 112;  // of all ranks together; the smallest H100 has 114 multiprocessors
+constexpr int64_t kReplicated = 1;     // residual_mode; 0: sharded
 
 // [..., hidden] as one rank's rows; virtual ranks come as [world_size, num_tokens, hidden].
 struct RankRows {
@@ -52,10 +50,8 @@ void check_aligned(const char* op, const TensorInfo& t, const RowLayout& rows, i
   }
 }
 
-bool is_main_thread() {
-  static thread_local const bool is_main = syscall(SYS_gettid) == getpid();
-  return is_main;
-}
+// Whether this thread's last call had begun, and failed: then it has told its peers. See workspace_refuse.
+thread_local bool has_begun_and_failed = false;
 
 // One call on one channel, from the check that the channel is free to the report of what went wrong.
 class Call {
@@ -71,45 +67,58 @@ class Call {
             "; since that call the workspace does not work, reset() it on every rank");
     }
     OpenWorkspace::Channel& slot = open_->channels[channel];
-    if (slot.running.exchange(true)) {
+    pid_t nobody = 0;
+    if (!slot.thread.compare_exchange_strong(nobody, this_thread())) {
       raise(std::string(op) + ": channel must be free, got channel " + std::to_string(channel) +
-            " with a call of another thread inside");
+            " with another call inside");
     }
     channel_ = &slot;
     if (open_->closing.load()) {
-      slot.running.store(false);
+      slot.thread.store(0);
       raise(std::string(op) + ": workspace must be open, got workspace " + std::to_string(workspace) +
             ", which another thread is closing");
     }
     params.workspace = open_->view;
-    if (!is_main_thread()) params.workspace.interrupted = nullptr;  // signal handlers run in the main thread only
+    // Signal handlers of the host language run in its main thread only.
+    if (this_thread() != open_->process) params.workspace.interrupted = nullptr;
     params.collective = collective;
     params.channel = static_cast<int32_t>(channel);
     params.sequence = ++slot.calls;
-    params.timeout_ns = params.sequence == 1 ? open_->first_timeout_ns : open_->timeout_ns;
-    params.max_ctas = static_cast<int32_t>(max_ctas == 0 ? kDefaultMaxCtas : max_ctas);
+    // Making a workspace of several processes has used one call.
+    const uint64_t first_calls = params.workspace.is_virtual() ? 1 : 2;
+    params.timeout_ns = params.sequence <= first_calls ? open_->first_timeout_ns : open_->timeout_ns;
+    // The blocks of all virtual ranks must be resident on one GPU at once.
+    const int64_t most = params.workspace.is_virtual() ? kVirtualCtas / params.workspace.world_size : kDefaultMaxCtas;
+    params.max_ctas = static_cast<int32_t>(max_ctas != 0 ? max_ctas : most < kDefaultMaxCtas ? most : kDefaultMaxCtas);
     max_ctas_ = max_ctas;
   }
   Call(const Call&) = delete;
-  ~Call() { channel_->running.store(false); }
+  ~Call() {
+    channel_->thread.store(0);
+    has_begun_and_failed = !is_done_;
+  }
 
   // Runs the checks; if one raises, so will the other ranks.
   template <class Checks>
-  void check(const Checks& checks) {
+  auto check(const Checks& checks) {
     try {
       if (max_ctas_ < 0 || max_ctas_ > kMaxBlocks) {
         raise(std::string(op_) + ": max_ctas must be 1 to " + std::to_string(kMaxBlocks) +
               ", or 0 for the default, got " + std::to_string(max_ctas_));
       }
-      checks();
+      return checks();
     } catch (...) {
-      const Workspace& w = params.workspace;
-      if (w.world_size > w.ranks_here) {
-        const ExecutionScope scope(token_);
-        (void)refuse_allreduce(params, scope.context());
-      }
+      refuse();
       throw;
     }
+  }
+
+  // The peers need not wait for this rank in this call.
+  void refuse() {
+    const Workspace& w = params.workspace;
+    if (w.world_size == w.ranks_here) return;
+    const ExecutionScope scope(token_);
+    (void)refuse_allreduce(params, scope.context());
   }
 
   RankRows check_x(const TensorInfo& x) {
@@ -188,7 +197,7 @@ class Call {
     check_same_shape(op_, residual, x);
     const RankRows residual_rows = check_residual(residual);
     check_no_overlap(op_, residual, residual_rows.of_all, x, x_rows.of_all, size_of(params.dtype));
-    check_weight_apart(residual, residual_rows.of_all, weight);
+    check_weight_apart(residual, residual_rows, weight);
     check_scalars(op_, eps, weight_bias);
     if (residual_mode != 0 && residual_mode != kReplicated) {
       raise(std::string(op_) + ": residual_mode must be 0 (sharded) or 1 (replicated), got " +
@@ -199,15 +208,18 @@ class Call {
     params.weight_bias = static_cast<float>(weight_bias);
   }
 
-  // A written tensor must not share memory with the weight, which is read after rows have been written.
-  void check_weight_apart(const TensorInfo& written, const RowLayout& layout, const TensorInfo& weight) const {
-    const int64_t rows = count_rows(written), bytes = size_of(params.dtype);
-    if (rows == 0) return;
-    const char* begin = static_cast<const char*>(written.data);
-    const char* end = begin + (layout.offset(rows - 1) + params.hidden) * bytes;
+  // A written tensor must not share memory with the weight, which is read after rows have been written. Rank by rank:
+  // virtual ranks lie far apart, and the weight may lie between them.
+  void check_weight_apart(const TensorInfo& written, const RankRows& rows, const TensorInfo& weight) const {
+    if (params.num_tokens == 0) return;
+    const int64_t bytes = size_of(params.dtype);
     const char* weight_begin = static_cast<const char*>(weight.data);
-    if (begin < weight_begin + params.hidden * bytes && weight_begin < end) {
-      fail(op_, written, "not overlap weight", "memory that is shared with it");
+    for (int rank = 0; rank < params.workspace.ranks_here; ++rank) {
+      const char* begin = static_cast<const char*>(written.data) + rank * rows.rank_stride * bytes;
+      const char* end = begin + (rows.of_rank.offset(params.num_tokens - 1) + params.hidden) * bytes;
+      if (begin < weight_begin + params.hidden * bytes && weight_begin < end) {
+        fail(op_, written, "not overlap weight", "memory that is shared with it");
+      }
     }
   }
 
@@ -219,7 +231,8 @@ class Call {
     const ExecutionScope scope(token_);
     raise_unless(allreduce(params, scope.context()), op_);
     const Workspace& w = params.workspace;
-    if (recorded_failure(w) == Failure::none) return;
+    is_done_ = recorded_failure(w) == Failure::none;
+    if (is_done_) return;
     if (kReturnsWhenDone && own_record[kRecordRecoverable] == 0) open_->keep_record(own_record);
     raise_failure(op_, w);
   }
@@ -257,6 +270,7 @@ class Call {
   std::shared_ptr<OpenWorkspace> open_;
   OpenWorkspace::Channel* channel_ = nullptr;
   int64_t max_ctas_ = 0;
+  bool is_done_ = false;
 };
 
 // A new contiguous tensor like x that takes the result out of staging.
@@ -274,15 +288,15 @@ void allreduce_rmsnorm_(const Tensor& x, const Tensor& residual, const Tensor& w
                         int64_t max_ctas) {
   constexpr const char* kOp = "allreduce_rmsnorm_";
   const bool replicated = residual_mode == kReplicated;
+  const TensorInfo x_info("x", x), residual_info("residual", residual), weight_info("weight", weight);
   Call call(kOp, replicated ? Collective::allreduce : Collective::allreduce_rmsnorm, token, workspace, channel,
             max_ctas);
-  const TensorInfo x_info("x", x), residual_info("residual", residual), weight_info("weight", weight);
   RankRows rows;
   call.check([&] {
     rows = call.check_x(x_info);
     call.use_in_place(x_info, rows);
     call.check_norm(x_info, rows, residual_info, weight_info, eps, weight_bias, residual_mode);
-    call.check_weight_apart(x_info, rows.of_all, weight_info);
+    call.check_weight_apart(x_info, rows, weight_info);
   });
   call.run();
   if (replicated) call.add_and_norm(x_info.data, rows.of_all, check_rows(kOp, residual_info));
@@ -297,15 +311,15 @@ Tensor allreduce_rmsnorm_op(const Tensor& x, const Tensor& residual, const Tenso
                             int64_t max_ctas) {
   constexpr const char* kOp = "allreduce_rmsnorm";
   const bool replicated = residual_mode == kReplicated;
+  const TensorInfo x_info("x", x), residual_info("residual", residual), weight_info("weight", weight);
   Call call(kOp, replicated ? Collective::allreduce : Collective::allreduce_rmsnorm, token, workspace, channel,
             max_ctas);
-  const TensorInfo x_info("x", x), residual_info("residual", residual), weight_info("weight", weight);
-  call.check([&] {
+  Tensor y = call.check([&] {
     const RankRows rows = call.check_x(x_info);
     call.stage_input(x_info, rows);
     call.check_norm(x_info, rows, residual_info, weight_info, eps, weight_bias, residual_mode);
+    return stage_output(call, x_info, x);
   });
-  Tensor y = stage_output(call, x_info, x);
   call.run();
   if (replicated) {
     const int64_t all_rows = call.params.num_tokens * call.params.workspace.ranks_here;
@@ -321,8 +335,8 @@ TOKENWEAVE_OP(
 
 void allreduce_(const Tensor& x, const Tensor& token, int64_t workspace, int64_t channel, int64_t max_ctas) {
   constexpr const char* kOp = "allreduce_";
-  Call call(kOp, Collective::allreduce, token, workspace, channel, max_ctas);
   const TensorInfo x_info("x", x);
+  Call call(kOp, Collective::allreduce, token, workspace, channel, max_ctas);
   call.check([&] { call.use_in_place(x_info, call.check_x(x_info)); });
   call.run();
 }
@@ -330,10 +344,12 @@ TOKENWEAVE_OP("allreduce_(Tensor(a!) x, Tensor(b!) token, int workspace, int cha
 
 Tensor allreduce_op(const Tensor& x, const Tensor& token, int64_t workspace, int64_t channel, int64_t max_ctas) {
   constexpr const char* kOp = "allreduce";
-  Call call(kOp, Collective::allreduce, token, workspace, channel, max_ctas);
   const TensorInfo x_info("x", x);
-  call.check([&] { call.stage_input(x_info, call.check_x(x_info)); });
-  Tensor y = stage_output(call, x_info, x);
+  Call call(kOp, Collective::allreduce, token, workspace, channel, max_ctas);
+  Tensor y = call.check([&] {
+    call.stage_input(x_info, call.check_x(x_info));
+    return stage_output(call, x_info, x);
+  });
   call.run();
   return y;
 }
@@ -343,8 +359,8 @@ TOKENWEAVE_OP("allreduce(Tensor x, Tensor(a!) token, int workspace, int channel,
 void gather_residual_(const Tensor& residual, const Tensor& token, int64_t workspace, int64_t channel,
                       int64_t max_ctas) {
   constexpr const char* kOp = "gather_residual_";
-  Call call(kOp, Collective::gather, token, workspace, channel, max_ctas);
   const TensorInfo info("residual", residual);
+  Call call(kOp, Collective::gather, token, workspace, channel, max_ctas);
   call.check([&] {
     call.check_x(info);
     call.check_residual(info);
@@ -354,5 +370,17 @@ void gather_residual_(const Tensor& residual, const Tensor& token, int64_t works
 }
 TOKENWEAVE_OP("gather_residual_(Tensor(a!) residual, Tensor(b!) token, int workspace, int channel, int max_ctas) -> ()",
               gather_residual_);
+
+// For what is raised before a call begins: by Python's checks, or by the dispatcher. The peers make that call, and
+// would wait. Does nothing if the failed call had begun, as it has told them itself.
+void workspace_refuse(const Tensor& token, int64_t workspace, int64_t channel) {
+  if (has_begun_and_failed) {
+    has_begun_and_failed = false;
+    return;
+  }
+  Call("workspace_refuse", Collective::allreduce, token, workspace, channel, 0).refuse();
+  has_begun_and_failed = false;
+}
+TOKENWEAVE_OP("workspace_refuse(Tensor token, int workspace, int channel) -> ()", workspace_refuse);
 
 }  // namespace tokenweave::inline TOKENWEAVE_BACKEND

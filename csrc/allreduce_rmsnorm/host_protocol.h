@@ -247,7 +247,7 @@ class HostCall {
       }
     }
     if (workspace_.interrupted != nullptr && workspace_.interrupted() != 0) {
-      return {Failure::interrupted, workspace_.rank};
+      return {Failure::interrupted, pending_ != 0 ? __builtin_ctz(pending_) : workspace_.rank};
     }
     return {};
   }

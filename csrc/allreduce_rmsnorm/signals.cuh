@@ -79,11 +79,12 @@ TW_DEVICE bool meet_peers(const AllreduceParams& p, const Place& place, Stage st
       if (thread == 0)
         arch::multimem_add_release(w.multicast_pad + arrivals_word(p.channel, place.block), uint64_t{1} << place.rank);
     }
-    // An abort counts even if the peer has come: whoever gave up may be changing its rows already.
+    // An abort counts even if the peer has come: whoever gave up may have changed its rows before the peer read them.
+    // It is looked at after the acquire, which shows all aborts that the peer's word comes after.
     const bool came = arch::wait_until(
         [&] {
-          aborted = arch::load_relaxed<Scope::sys>(own_pad + kAbortWord);
           got = arch::load_acquire<Scope::sys>(taken);
+          aborted = arch::load_relaxed<Scope::sys>(own_pad + kAbortWord);
           return aborted != 0 || (counts ? (got >> peer & 1) != 0 : got != 0);
         },
         deadline_ns);

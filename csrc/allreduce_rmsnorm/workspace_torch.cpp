@@ -12,8 +12,9 @@ void workspace_open(const Tensor& token, const Tensor& description) {
   constexpr const char* kOp = "workspace_open";
   const TensorInfo token_info("token", token), info("description", description);
   constexpr int64_t kFixed = 15;
-  if (info.dtype != aoti_torch_dtype_int64() || info.dim != 1 || info.sizes[0] < kFixed) {
-    fail(kOp, info, "be a vector of int64", join(info.sizes, info.dim));
+  if (info.dtype != aoti_torch_dtype_int64() || info.dim != 1 || info.sizes[0] < kFixed ||
+      info.device_type != aoti_torch_device_type_cpu()) {
+    fail(kOp, info, "be a vector of int64 on the CPU", join(info.sizes, info.dim));
   }
   check_contiguous(kOp, info);
   const int64_t* next = static_cast<const int64_t*>(info.data);
@@ -52,22 +53,29 @@ void workspace_open(const Tensor& token, const Tensor& description) {
 }
 TOKENWEAVE_OP("workspace_open(Tensor token, Tensor description) -> ()", workspace_open);
 
-// Unknown ids are fine: closing twice is no error. Returns when no call of this process is inside any more, so that the
-// memory may go: on a CPU those that wait for peers, and peers that wait for this rank, are told.
-void workspace_close(const Tensor&, int64_t workspace) {
+// Nonzero once no call of this process is inside any more, so that the memory may go. On a CPU calls that wait for
+// peers, and peers that wait for this rank, are told. Zero if one is still inside because this is called from within
+// it, by a signal handler. Unknown ids are fine: closing twice is no error.
+int64_t workspace_close(const Tensor&, int64_t workspace) {
   const auto open = registry::take(workspace);
-  if (open == nullptr || open->process != getpid()) return;
+  if (open == nullptr || open->process != getpid()) return 1;
   open->closing.store(true);
   const Workspace& w = open->view;
   if (open->device_type == aoti_torch_device_type_cpu() && !w.is_virtual()) {
     __atomic_store_n(w.pad[w.rank] + kClosedWord, uint64_t{1}, __ATOMIC_RELEASE);
     __atomic_store_n(w.pad[w.rank] + kAbortWord, abort_word(Failure::closed, w.rank, w.rank), __ATOMIC_RELEASE);
   }
+  int64_t quiet = 1;
   for (const OpenWorkspace::Channel& channel : open->channels) {
-    while (channel.running.load()) sched_yield();
+    for (pid_t inside; (inside = channel.thread.load()) != 0; sched_yield()) {
+      if (inside != this_thread()) continue;
+      quiet = 0;
+      break;
+    }
   }
+  return quiet;
 }
-TOKENWEAVE_OP("workspace_close(Tensor token, int workspace) -> ()", workspace_close);
+TOKENWEAVE_OP("workspace_close(Tensor token, int workspace) -> int", workspace_close);
 
 // Raises if a call on this workspace has failed.
 void workspace_check(const Tensor& token, int64_t workspace) {

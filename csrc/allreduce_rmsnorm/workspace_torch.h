@@ -2,6 +2,7 @@
 // the glue.
 #pragma once
 
+#include <sys/syscall.h>
 #include <unistd.h>
 
 #include <atomic>
@@ -14,6 +15,11 @@
 
 namespace tokenweave::inline TOKENWEAVE_BACKEND {
 
+inline pid_t this_thread() {
+  static thread_local const pid_t id = static_cast<pid_t>(syscall(SYS_gettid));
+  return id;
+}
+
 struct OpenWorkspace {
   Workspace view;
   int64_t buffer_bytes = 0;   // of each rank's buffer, where users' tensors lie
@@ -25,7 +31,7 @@ struct OpenWorkspace {
   std::atomic<bool> closing{false};  // set before close() waits for running calls; looked at once a call is running
 
   struct Channel {
-    std::atomic<bool> running{false};  // CPU: a call is inside
+    std::atomic<pid_t> thread{0};  // that is inside a call; 0: the channel is free
     std::atomic<uint64_t> calls{0};
   };
   Channel channels[kMaxChannels];
@@ -160,6 +166,10 @@ inline std::string describe_failure(const Workspace& w) {
       break;
     default: {
       kind = failure_of_abort(got);
+      if (kind == Failure::closed && rank_of_abort(got) == static_cast<int>(w.record[kRecordRank])) {
+        text = rank + " closed its workspace while a call of it waited for " + peer;
+        break;
+      }
       const std::string origin = "rank " + std::to_string(rank_of_abort(got));
       const std::string named = "rank " + std::to_string(peer_of_abort(got));
       text = origin + (kind == Failure::timeout        ? " gave up waiting for " + named

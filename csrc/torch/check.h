@@ -31,7 +31,9 @@ struct TensorInfo {
     AtenTensorHandle handle = tensor.get();
     int64_t* sizes_pointer = nullptr;
     int64_t* strides_pointer = nullptr;
-    TORCH_ERROR_CODE_CHECK(aoti_torch_get_data_ptr(handle, &data));
+    if (aoti_torch_get_data_ptr(handle, &data) != 0) {  // None, which the dispatcher lets through, or a sparse tensor
+      raise(std::string(name) + " must be a tensor with memory of its own, got None or one without");
+    }
     TORCH_ERROR_CODE_CHECK(aoti_torch_get_dim(handle, &dim));
     TORCH_ERROR_CODE_CHECK(aoti_torch_get_sizes(handle, &sizes_pointer));
     TORCH_ERROR_CODE_CHECK(aoti_torch_get_strides(handle, &strides_pointer));

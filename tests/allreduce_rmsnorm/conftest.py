@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from tokenweave_ops import Workspace, _library, testing
+from tokenweave_ops.testing_ranks import LocalRanks
 
 family = testing.family("allreduce_rmsnorm")
 
@@ -44,7 +45,7 @@ class Ranks:
         """One that plays all ranks, or one per rank."""
         if "-" in self.kind:
             device, transport = self.kind.split("-")
-            with testing.LocalRanks(
+            with LocalRanks(
                 world_size, max(1, max_tokens), hidden, dtype, device=device, transport=transport, **options
             ) as local:
                 yield Group(self, local.workspaces, local)
@@ -57,7 +58,7 @@ class Ranks:
 class Group:
     ranks: Ranks
     all: list[Workspace]
-    local: testing.LocalRanks | None
+    local: LocalRanks | None
 
     @property
     def world_size(self) -> int:

@@ -3,9 +3,11 @@ each, runs it, and answers with a line. Started as a program, never forked."""
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import json
 import os
+import signal
 import sys
 import threading
 import time
@@ -106,8 +108,38 @@ class Rank:
             raise
         return x[0, 0].item()
 
-    def bad_argument(self):
-        ops.allreduce_(torch.ones(8, 512, dtype=torch.bfloat16), self.workspace)
+    def bad_argument(self, kind: str = "x"):
+        x, ws = self.workspace.empty(8), self.workspace
+        residual, weight = torch.zeros(8, 512, dtype=torch.bfloat16), torch.ones(512, dtype=torch.bfloat16)
+        {
+            "x": lambda: ops.allreduce_(torch.ones(8, 512, dtype=torch.bfloat16), ws),
+            "mode": lambda: ops.allreduce_rmsnorm_(x, residual, weight, ws, residual_mode="whole"),
+            "grad": lambda: ops.allreduce_rmsnorm_(x, residual, weight.requires_grad_(), ws),
+            "eps": lambda: ops.allreduce_rmsnorm_(x, residual, weight, ws, eps="small"),
+            "meta": lambda: ops.allreduce_rmsnorm_(x, residual.to("meta"), weight, ws),
+            "none": lambda: ops.allreduce_rmsnorm_(x, None, weight, ws),
+            "memory": lambda: ops.allreduce(torch.empty(1, 1, 512, dtype=torch.bfloat16).expand(2**45, 8, 512), ws),
+        }[kind]()
+
+    def close_in_a_handler(self):
+        """A signal handler that tidies up while an op waits."""
+        signal.signal(signal.SIGTERM, lambda *_: self.workspace.close())
+        threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGTERM)).start()
+        self.allreduce()
+
+    def compiled(self):
+        """An op in compiled code, where errors are RuntimeErrors."""
+        function = torch.compile(lambda x: ops.allreduce(x, self.workspace), backend="eager", fullgraph=True)
+        x = torch.ones(4, 512, dtype=torch.bfloat16)
+        with torch.no_grad():
+            return function(x)[0, 0].item()
+
+    def held_memory_after_failures(self, max_tokens: int):
+        for _ in range(3):
+            with contextlib.suppress(ops.CommunicationError):
+                self.open(max_tokens=max_tokens)
+        self.workspace = None
+        return self.memory()
 
     def gather(self):
         ops.gather_residual_(self.workspace.empty(8).clone(), self.workspace)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 
@@ -50,6 +52,12 @@ CASES = [
     (8, FP32, 8192, 1),
     (8, BF16, 6144, 31),
     (8, FP16, 7168, 1000),
+    (2, BF16, 6144, 1),
+    (1, BF16, 5120, 31),
+    (1, BF16, 8192, 1000),
+    (3, BF16, 16384, 1000),
+    (1, BF16, 8, 0),
+    (1, BF16, 2880, 1),
 ]
 
 
@@ -151,6 +159,14 @@ def test_sums_in_any_order_are_one_place_off_at_most(ranks, dtype):
     most = 2.0 if dtype == FP32 else 0.5 + 2.0**-10
     assert ((sums[0].double() - exact).abs() <= most * place).all()
     assert all(torch.equal(sums[rank], sums[0]) for rank in range(4))
+
+
+def test_the_cases_are_pairwise():
+    values = [sorted({case[column] for case in CASES}, key=str) for column in range(4)]
+    assert [len(column) for column in values] == [5, 3, 8, 5]
+    for one, other in itertools.combinations(range(4), 2):
+        seen = {(case[one], case[other]) for case in CASES}
+        assert seen == set(itertools.product(values[one], values[other]))
 
 
 # ------------------------------------------------------------------------------------------------------- golden vectors

@@ -130,7 +130,7 @@ def test_processes_and_virtual_ranks_give_the_same_bits(shared, dtype, num_token
 
 
 def test_ten_thousand_calls_of_mixed_sizes(group):
-    group.succeed("many_calls", calls=10_000 if group.world_size == 2 else 2_000)
+    group.succeed("many_calls", calls=10_000)
 
 
 def test_stragglers(group):

@@ -1,9 +1,9 @@
 // The collectives on a CPU: ranks are processes that share memory (host_protocol.h has their meetings), or virtual
 // ranks of one process. A rank sums the rows that it owns over all ranks' buffers in rank order, works on the sum while
 // it is in cache, and writes the result into all buffers: each byte is read once and written once, by one processor.
-// Limit: memory. While a row is worked on, the next one is on its way, as in rms_norm_cpu.cpp: 90 to 97 % of an
-// in-place read-modify-write of the same bytes (fused, 1024x4096 bf16 and fp32, cold, 20th percentiles; 2 processes of
-// one thread each on a Xeon model 207, 2026-11-22; other work was running beside it).
+// Limit: memory. While a row is worked on, the next one is on its way, as in rms_norm_cpu.cpp: 94 % of an in-place
+// read-modify-write of the same bytes by the same processes in bf16, 97 % in fp32 (fused, 1024x4096, cold; 2 processes
+// of one thread each on a Xeon model 207, 2026-11-23, bench/run.py).
 #include "allreduce_rmsnorm/allreduce.h"
 #include "allreduce_rmsnorm/host_protocol.h"
 #include "allreduce_rmsnorm/rms_norm_rows.h"

@@ -17,6 +17,7 @@ import torch
 import torch.distributed as dist
 
 import tokenweave_ops as ops
+from tokenweave_ops import _workspace
 from tokenweave_ops.reference import allreduce_rmsnorm as reference
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -94,10 +95,12 @@ class Rank:
             ops.allreduce_(x, self.workspace)
             assert (x == self.world_size * (number % 8)).all(), f"call {number}"
 
-    def allreduce(self, num_tokens: int = 8, offset_bytes: int = 0, delay_s: float = 0.0, channel: int = 0):
+    def allreduce(
+        self, num_tokens: int = 8, offset_bytes: int = 0, delay_s: float = 0.0, channel: int = 0, dtype: str = "bf16"
+    ):
         """The first element of the result."""
         time.sleep(delay_s)
-        x = self.workspace.empty(num_tokens, offset_bytes=offset_bytes)
+        x = self.workspace.empty(num_tokens, dtype=DTYPES[dtype], offset_bytes=offset_bytes)
         x.fill_(1.0)
         started = time.perf_counter()
         try:
@@ -133,6 +136,20 @@ class Rank:
         x = torch.ones(4, 512, dtype=torch.bfloat16)
         with torch.no_grad():
             return function(x)[0, 0].item()
+
+    def open_with_a_peer_out_of_reach(self):
+        """As with a driver that claims access to a peer: this rank's mapping of rank 0 is memory of its own."""
+        real, made = _workspace._map_memory, []
+
+        def map_memory(descriptor, num_bytes):
+            made.append(real(descriptor, num_bytes))
+            return made[-1].clone() if len(made) % 2 == 0 else made[-1]  # the own memory first, then rank 0's
+
+        _workspace._map_memory = map_memory
+        try:
+            self.open()
+        finally:
+            _workspace._map_memory = real
 
     def held_memory_after_failures(self, max_tokens: int):
         for _ in range(3):

@@ -164,9 +164,10 @@ def works(group) -> bool:
     ("arguments", "message"),
     [
         ({"num_tokens": 7}, "came with another op, num_tokens, hidden, dtype, eps, weight_bias or max_ctas"),
+        ({"dtype": "fp16"}, "came with another op, num_tokens, hidden, dtype"),
         ({"offset_bytes": 64}, "has its tensor at byte (0|64) of the workspace, rank . at byte (0|64)"),
     ],
-    ids=["tokens", "offset"],
+    ids=["tokens", "dtype", "offset"],
 )
 def test_ranks_that_disagree_all_raise_and_go_on(group, arguments, message):
     for rank in range(group.world_size):
@@ -252,6 +253,14 @@ def test_closing_in_a_signal_handler(group):
     (answer,) = group.run("close_in_a_handler", ranks=[0])
     assert answer["error"] == "PeerLost" and "closed its workspace" in answer["text"], answer
     group.succeed("close")
+
+
+def test_a_peer_that_cannot_be_reached(shared):
+    """The probe finds it on all ranks, before anybody waits for anybody."""
+    for rank in range(shared.world_size):
+        shared.start(rank, "open_with_a_peer_out_of_reach" if rank == 1 else "open")
+    answers = [shared.answer(rank) for rank in range(shared.world_size)]
+    errors(answers, "CommunicationError", r"probe of the own memory failed on .*what rank \d wrote has not arrived")
 
 
 def test_memory_is_given_back_after_a_failed_start(shared):

@@ -250,9 +250,10 @@ class Processes:
             for rank in waiting:
                 self._receive(rank, answers, failed)
             if failed:
-                connection.wait([process.sentinel for process in self.processes], 0.5)
-                for rank in waiting:  # one that was killed says more than those that missed it
-                    self._receive(rank, answers, failed)
+                for rank in waiting:  # one that was killed says more than those that missed it, but is heard of later
+                    if rank not in answers and rank not in failed:
+                        self.processes[rank].join(0.5)
+                        self._receive(rank, answers, failed)
                 self._fail("; ".join(failed[rank] for rank in sorted(failed, key=lambda r: "ended" not in failed[r])))
         return [answers[rank] for rank in sorted(answers)]
 

@@ -13,7 +13,8 @@ except ModuleNotFoundError:
     raise ImportError("tokenweave_ops needs torch >= 2.11: pip install torch") from None
 
 from tokenweave_ops import _library, template_op  # noqa: F401  (template_op defines its op; it is not re-exported)
-from tokenweave_ops._workspace import CommunicationError, CommunicationTimeout, PeerLost, RankDisagreement, Workspace
+from tokenweave_ops._errors import CommunicationError, CommunicationTimeout, PeerLost, RankDisagreement
+from tokenweave_ops._workspace import Workspace
 from tokenweave_ops.allreduce_rmsnorm import (
     add_rms_norm_,
     add_rms_norm_train,

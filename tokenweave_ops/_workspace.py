@@ -1,4 +1,4 @@
-"""What the ranks of a group share: :class:`Workspace`, and the errors of calls that the ranks could not finish."""
+"""What the ranks of a group share: :class:`Workspace`."""
 
 from __future__ import annotations
 
@@ -6,9 +6,7 @@ import contextlib
 import errno
 import itertools
 import logging
-import mmap
 import os
-import re
 import socket
 import threading
 import uuid
@@ -19,7 +17,9 @@ import torch
 from torch import Tensor
 
 from tokenweave_ops import _library
+from tokenweave_ops._errors import CommunicationError, named_error
 from tokenweave_ops._library import define_op
+from tokenweave_ops._shared_memory import Agreement, DeviceMemory, HostMemory, LocalMemory, host_identity
 
 logger = logging.getLogger("tokenweave_ops")
 
@@ -40,154 +40,6 @@ define_op(
 )
 define_op("workspace_check(Tensor token, int workspace) -> ()", fake=lambda token, workspace: None)
 define_op("workspace_pad_bytes(Tensor token, int num_channels) -> int", fake=lambda token, num_channels: 0)
-
-
-class CommunicationError(RuntimeError):
-    """The ranks of a workspace could not finish a call. The message names op, stage, rank, peer, block and channel."""
-
-
-class CommunicationTimeout(CommunicationError):
-    """A rank did not come within the deadline."""
-
-
-class RankDisagreement(CommunicationError):
-    """Ranks came with different arguments, or one refused its own."""
-
-
-class PeerLost(CommunicationError):
-    """The process of a rank has ended, or it has closed its workspace."""
-
-
-_ERRORS = {error.__name__: error for error in (CommunicationError, CommunicationTimeout, RankDisagreement, PeerLost)}
-_NAMED = re.compile(rf"\w+: ({'|'.join(_ERRORS)}): ")
-
-
-def named_error(error: RuntimeError) -> RuntimeError:
-    """The error an op raised, as the class that its text names: torch knows RuntimeError only."""
-    found = _NAMED.match(str(error))
-    return _ERRORS[found[1]](str(error)) if found else error
-
-
-# --------------------------------------------------------------------------------------------- memory of several ranks
-
-
-def _host_identity() -> tuple:
-    """Equal for processes that can see each other in /proc: same boot, same process namespace."""
-    with open("/proc/sys/kernel/random/boot_id") as file:
-        boot = file.read().strip()
-    return boot, os.stat("/proc/self/ns/pid").st_ino
-
-
-def _create_memory(num_bytes: int) -> int:
-    """A file descriptor of new zeroed memory that has no name: nothing is left when its processes end."""
-    descriptor = os.memfd_create("tokenweave", os.MFD_CLOEXEC)
-    os.ftruncate(descriptor, num_bytes)
-    return descriptor
-
-
-def _map_memory(descriptor: int, num_bytes: int) -> Tensor:
-    # Populated now: the first call should not pay for page faults.
-    memory = mmap.mmap(descriptor, num_bytes, mmap.MAP_SHARED | mmap.MAP_POPULATE)
-    return torch.frombuffer(memory, dtype=torch.uint8)
-
-
-class _HostMemory:
-    """The same number of bytes on every rank of a group of processes on one host, mapped by all of them."""
-
-    def __init__(self, agreement: _Agreement, num_bytes: int, what: str):
-        descriptor = -1
-
-        def create():
-            nonlocal descriptor
-            descriptor = _create_memory(num_bytes)
-            return _map_memory(descriptor, num_bytes)
-
-        def attach():
-            tensors = []
-            for rank, (process, peer_descriptor) in enumerate(handles):
-                if rank == agreement.rank:
-                    tensors.append(own)
-                    continue
-                peer = os.open(f"/proc/{process}/fd/{peer_descriptor}", os.O_RDWR | os.O_CLOEXEC)
-                try:
-                    tensors.append(_map_memory(peer, num_bytes))
-                finally:
-                    os.close(peer)
-            return tensors
-
-        try:
-            own = agreement.attempt(f"allocating {num_bytes} bytes of {what}", create)
-            handles = agreement.gather((os.getpid(), descriptor))
-            self.tensors: list[Tensor] = agreement.attempt(f"mapping the {what} of the other ranks", attach)
-        finally:
-            if descriptor >= 0:
-                os.close(descriptor)
-        self.addresses = [tensor.data_ptr() for tensor in self.tensors]
-        self.multicast_address = 0
-
-
-class _DeviceMemory:
-    """The same number of bytes on every GPU of a group, through torch's symmetric memory."""
-
-    def __init__(self, agreement: _Agreement, num_bytes: int, what: str, device: torch.device):
-        from torch._C._distributed_c10d import _SymmetricMemory
-
-        def allocate():
-            # Not symmetric_memory.empty(): its pool hands memory out again, and ranks whose pools differ would meet in
-            # different memory.
-            own = _SymmetricMemory.empty_strided_p2p((num_bytes,), (1,), torch.uint8, device)
-            own.zero_()
-            torch.cuda.synchronize(device)
-            return own
-
-        own = agreement.attempt(f"allocating {num_bytes} bytes of symmetric memory for the {what}", allocate)
-
-        def rendezvous():
-            self._handle = _SymmetricMemory.rendezvous(own, agreement.group.group_name)
-            return [
-                own if rank == agreement.rank else self._handle.get_remote_tensor(rank, (num_bytes,), torch.uint8)
-                for rank in range(agreement.world_size)
-            ]
-
-        self.tensors: list[Tensor] = agreement.attempt(f"mapping the {what} of the other ranks", rendezvous)
-        self.addresses = [tensor.data_ptr() for tensor in self.tensors]
-        self.multicast_address = int(self._handle.multicast_ptr or 0)
-
-
-class _LocalMemory:
-    """Virtual ranks: all of them in one tensor of this process."""
-
-    def __init__(self, world_size: int, num_bytes: int, device: torch.device):
-        self._whole = torch.zeros(world_size, num_bytes, dtype=torch.uint8, device=device)
-        self.tensors = list(self._whole)
-        self.addresses = [tensor.data_ptr() for tensor in self.tensors]
-        self.multicast_address = 0
-
-
-class _Agreement:
-    """Steps that every rank of a group takes together, or that fail on all of them with the same words."""
-
-    def __init__(self, group):
-        self.group, self.rank, self.world_size = group, group.rank(), group.size()
-
-    def gather(self, value) -> list:
-        import torch.distributed as dist
-
-        values = [None] * self.world_size
-        dist.all_gather_object(values, value, group=self.group)
-        return values
-
-    def attempt(self, what: str, step: Callable):
-        """step() on every rank; if it raises on one, CommunicationError on all."""
-        result, problem = None, None
-        try:
-            result = step()
-        except Exception as error:
-            problem = f"{type(error).__name__}: {error}"
-        problems = [f"rank {rank}: {text}" for rank, text in enumerate(self.gather(problem)) if text is not None]
-        if problems:
-            raise CommunicationError(f"Workspace: {what} failed on {'; '.join(problems)}")
-        return result
 
 
 # -------------------------------------------------------------------------------------------------------- the workspace
@@ -230,11 +82,11 @@ class Workspace:
     :meth:`reset` or :meth:`close`; then capture it again. A forked child cannot use its parent's workspace.
 
     Deadlines: no call waits longer than ``timeout_s`` (60 s; TOKENWEAVE_TIMEOUT_S overrides; 10 times that for the
-    first call on a channel; TOKENWEAVE_TIMEOUT_SCALE multiplies all of them, for debuggers and sanitizers). On a CPU a
-    process that ends is noticed in milliseconds. After a failed call on a CPU the op raises; on a GPU the rows of the
-    call that were not finished are NaN, and the next call, :meth:`check` or the watcher of :meth:`watch` raises. Then
-    the workspace refuses calls until :meth:`reset` on all ranks, except after a disagreement on a CPU, where all
-    ranks have raised and are still in step.
+    first two calls on a channel; TOKENWEAVE_TIMEOUT_SCALE multiplies all of them, for debuggers and sanitizers). On a
+    CPU a process that ends is noticed in tens of milliseconds. After a failed call on a CPU the op raises; on a GPU the
+    rows of the call that were not finished are NaN, and the next call, :meth:`check` or the watcher of :meth:`watch`
+    raises. Then the workspace refuses calls until :meth:`reset` on all ranks, except after a disagreement on a CPU,
+    where all ranks have raised and are still in step.
 
     Args:
         group: a torch.distributed process group; never the default one silently. All of its ranks call at once.
@@ -267,7 +119,7 @@ class Workspace:
     ):
         if not hasattr(group, "rank") or not hasattr(group, "size"):
             raise ValueError(f"Workspace: group must be a torch.distributed process group, got {group!r}")
-        agreement = _Agreement(group)
+        agreement = Agreement(group)
         problem = None
         try:
             self._set_sizes(max_tokens, hidden, dtype, device, staging, num_channels, timeout_s)
@@ -284,7 +136,7 @@ class Workspace:
         facts = {"problem": problem, "transport": transport}
         if problem is None:
             facts |= {
-                "host": _host_identity() if self.device.type == "cpu" else None,
+                "host": host_identity() if self.device.type == "cpu" else None,
                 "host_name": socket.gethostname(),
                 "device_type": self.device.type,
                 "buffer_bytes": self._buffer_bytes,
@@ -363,8 +215,8 @@ class Workspace:
         self._agreement = None
         self._prepare(0, world_size, True, torch.ops.tokenweave_simt if is_simt else torch.ops.tokenweave)
         num_bytes = self._buffer_bytes + self.num_channels * self._staging_bytes
-        self._memory = _LocalMemory(world_size, num_bytes, self.device)
-        self._pads = _LocalMemory(world_size, self._pad_bytes, self.device)
+        self._memory = LocalMemory(world_size, num_bytes, self.device)
+        self._pads = LocalMemory(world_size, self._pad_bytes, self.device)
         self.transport = "peer"
         self._open()
         return self
@@ -413,8 +265,8 @@ class Workspace:
 
     def _shared_memory(self, what: str, num_bytes: int):
         if self.device.type == "cuda":
-            return _DeviceMemory(self._agreement, num_bytes, what, self.device)
-        return _HostMemory(self._agreement, num_bytes, what)
+            return DeviceMemory(self._agreement, num_bytes, what, self.device)
+        return HostMemory(self._agreement, num_bytes, what)
 
     def _open_liveness(self) -> Callable[[], None]:
         """A pidfd per peer: it tells of the process's end even if nobody has reaped it, or a fork holds its files."""
@@ -587,13 +439,12 @@ class Workspace:
         # The failed call's kernels may still hold the old ones.
         self._retired = [*getattr(self, "_retired", []), self._pads, self._record]
         if self._agreement is None:
-            self._pads = _LocalMemory(self.world_size, self._pad_bytes, self.device)
+            self._pads = LocalMemory(self.world_size, self._pad_bytes, self.device)
             self._open()
             return
         self._pads = self._shared_memory("pads", self._pad_bytes)
         self._probe()
-        self._open()
-        self._agreement.gather(None)  # nobody calls before all have opened
+        self._agreement.attempt("opening the workspace", self._open)  # nobody calls before all have opened
 
     def close(self) -> None:
         """Gives everything back. Not collective: a peer that still waits for this rank gets PeerLost (on a CPU at once,

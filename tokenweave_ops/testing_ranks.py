@@ -7,7 +7,8 @@ from collections.abc import Callable, Iterable
 import torch
 
 from tokenweave_ops import testing
-from tokenweave_ops._workspace import Workspace, _LocalMemory
+from tokenweave_ops._shared_memory import LocalMemory
+from tokenweave_ops._workspace import Workspace
 
 
 class LocalRanks:
@@ -48,9 +49,9 @@ class LocalRanks:
         self.reset()
         self._streams = [] if self._is_simt else [torch.cuda.Stream() for _ in self.workspaces]
 
-    def _share(self, num_bytes: int) -> _LocalMemory:
+    def _share(self, num_bytes: int) -> LocalMemory:
         world_size = len(self.workspaces)
-        memory = _LocalMemory(world_size, num_bytes, self.workspaces[0].device)
+        memory = LocalMemory(world_size, num_bytes, self.workspaces[0].device)
         if self._is_simt:
             self._simt.register_peer_memory(memory.addresses[0], world_size * num_bytes)
             self._registered.append(memory.addresses[0])

@@ -13,6 +13,7 @@ namespace {
 
 constexpr int64_t kDefaultMaxCtas = 16;
 constexpr int64_t kVirtualCtas = 112;  // of all ranks together; the smallest H100 has 114 multiprocessors
+constexpr uint64_t kFirstCalls = 2;    // of a channel, with a longer deadline; making the workspace may have used one
 constexpr int64_t kReplicated = 1;     // residual_mode; 0: sharded
 
 // [..., hidden] as one rank's rows; virtual ranks come as [world_size, num_tokens, hidden].
@@ -84,9 +85,7 @@ class Call {
     params.collective = collective;
     params.channel = static_cast<int32_t>(channel);
     params.sequence = ++slot.calls;
-    // Making a workspace of several processes has used one call.
-    const uint64_t first_calls = params.workspace.is_virtual() ? 1 : 2;
-    params.timeout_ns = params.sequence <= first_calls ? open_->first_timeout_ns : open_->timeout_ns;
+    params.timeout_ns = params.sequence <= kFirstCalls ? open_->first_timeout_ns : open_->timeout_ns;
     // The blocks of all virtual ranks must be resident on one GPU at once.
     const int64_t most = params.workspace.is_virtual() ? kVirtualCtas / params.workspace.world_size : kDefaultMaxCtas;
     params.max_ctas = static_cast<int32_t>(max_ctas != 0 ? max_ctas : most < kDefaultMaxCtas ? most : kDefaultMaxCtas);
@@ -213,13 +212,10 @@ class Call {
   void check_weight_apart(const TensorInfo& written, const RankRows& rows, const TensorInfo& weight) const {
     if (params.num_tokens == 0) return;
     const int64_t bytes = size_of(params.dtype);
-    const char* weight_begin = static_cast<const char*>(weight.data);
     for (int rank = 0; rank < params.workspace.ranks_here; ++rank) {
       const char* begin = static_cast<const char*>(written.data) + rank * rows.rank_stride * bytes;
       const char* end = begin + (rows.of_rank.offset(params.num_tokens - 1) + params.hidden) * bytes;
-      if (begin < weight_begin + params.hidden * bytes && weight_begin < end) {
-        fail(op_, written, "not overlap weight", "memory that is shared with it");
-      }
+      check_apart_from_weight(op_, written, begin, end, weight, params.hidden * bytes);
     }
   }
 

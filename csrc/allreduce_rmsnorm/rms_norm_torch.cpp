@@ -39,17 +39,13 @@ void check_like_x(const char* op, const TensorInfo& t, const TensorInfo& x) {
   check_same_shape(op, t, x);
 }
 
-// The weight is read after rows have been written, so no written tensor may share memory with it.
 void check_weight_apart(const char* op, const TensorInfo& written, const RowLayout& layout, const RmsNormParams& p,
                         const TensorInfo& weight) {
   if (p.num_rows == 0) return;
   const int64_t bytes = size_of(p.dtype);
   const char* begin = static_cast<const char*>(written.data);
   const char* end = begin + (layout.offset(p.num_rows - 1) + p.hidden) * bytes;
-  const char* weight_begin = static_cast<const char*>(weight.data);
-  if (begin < weight_begin + p.hidden * bytes && weight_begin < end) {
-    fail(op, written, "not overlap weight", "memory that is shared with it");
-  }
+  check_apart_from_weight(op, written, begin, end, weight, p.hidden * bytes);
 }
 
 // A new contiguous tensor of x's shape, dtype and device, and its rows.

@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 
 import tokenweave_ops as ops
-from tokenweave_ops import _workspace
+from tokenweave_ops import _shared_memory
 from tokenweave_ops.reference import allreduce_rmsnorm as reference
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -139,17 +139,17 @@ class Rank:
 
     def open_with_a_peer_out_of_reach(self):
         """As with a driver that claims access to a peer: this rank's mapping of rank 0 is memory of its own."""
-        real, made = _workspace._map_memory, []
+        real, made = _shared_memory.map_memory, []
 
         def map_memory(descriptor, num_bytes):
             made.append(real(descriptor, num_bytes))
             return made[-1].clone() if len(made) % 2 == 0 else made[-1]  # the own memory first, then rank 0's
 
-        _workspace._map_memory = map_memory
+        _shared_memory.map_memory = map_memory
         try:
             self.open()
         finally:
-            _workspace._map_memory = real
+            _shared_memory.map_memory = real
 
     def held_memory_after_failures(self, max_tokens: int):
         for _ in range(3):

@@ -6,12 +6,17 @@ import contextlib
 from dataclasses import dataclass
 from types import ModuleType
 
+import hypothesis
 import pytest
 import torch
 
 from tokenweave_ops import _library, testing
 
 BACKENDS = ("cpu", "simt", "cuda")
+
+# No test depends on how fast a machine is.
+hypothesis.settings.register_profile("no deadline", deadline=None)
+hypothesis.settings.load_profile("no deadline")
 
 
 def pytest_configure(config):

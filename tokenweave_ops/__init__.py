@@ -13,6 +13,7 @@ except ModuleNotFoundError:
     raise ImportError("tokenweave_ops needs torch >= 2.11: pip install torch") from None
 
 from tokenweave_ops import _library, template_op  # noqa: F401  (template_op defines its op; it is not re-exported)
+from tokenweave_ops._emulated_link import EmulatedLink
 from tokenweave_ops._errors import CommunicationError, CommunicationTimeout, PeerLost, RankDisagreement
 from tokenweave_ops._workspace import Workspace
 from tokenweave_ops.allreduce_rmsnorm import (
@@ -26,16 +27,42 @@ from tokenweave_ops.allreduce_rmsnorm import (
     rms_norm,
     rms_norm_train,
 )
+from tokenweave_ops.batch_split import HalfBatch, split_batch
+from tokenweave_ops.token_split import (
+    H100,
+    HardwareProfile,
+    LinkModel,
+    ModelShape,
+    SplitOverride,
+    SplitPlan,
+    WeavePass,
+    cpu_profile,
+    gemm_us,
+    load_overrides,
+    plan_gemm_split,
+    plan_token_split,
+    published_split,
+    weave_pass,
+)
 
 _library.load_libraries()
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "H100",
     "CommunicationError",
     "CommunicationTimeout",
+    "EmulatedLink",
+    "HalfBatch",
+    "HardwareProfile",
+    "LinkModel",
+    "ModelShape",
     "PeerLost",
     "RankDisagreement",
+    "SplitOverride",
+    "SplitPlan",
+    "WeavePass",
     "Workspace",
     "__version__",
     "add_rms_norm_",
@@ -44,7 +71,15 @@ __all__ = [
     "allreduce_",
     "allreduce_rmsnorm",
     "allreduce_rmsnorm_",
+    "cpu_profile",
     "gather_residual_",
+    "gemm_us",
+    "load_overrides",
+    "plan_gemm_split",
+    "plan_token_split",
+    "published_split",
     "rms_norm",
     "rms_norm_train",
+    "split_batch",
+    "weave_pass",
 ]

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from tokenweave_ops import _library
+from tokenweave_ops._emulated_link import EmulatedLink
 from tokenweave_ops._errors import CommunicationError, named_error
 from tokenweave_ops._library import define_op
 from tokenweave_ops._shared_memory import Agreement, DeviceMemory, HostMemory, LocalMemory, host_identity
@@ -33,7 +34,10 @@ FIRST_CALL_FACTOR = 10.0  # kernels load, compilers run, and not at the same tim
 _FIRST_PROBE_WORD = 32
 _RECORD_WORDS = 16
 
-define_op("workspace_open(Tensor token, Tensor description) -> ()", fake=lambda token, description: None)
+define_op(
+    "workspace_open(Tensor token, Tensor description, float link_gigabytes_per_s, float link_latency_us) -> ()",
+    fake=lambda token, description, link_gigabytes_per_s, link_latency_us: None,
+)
 define_op("workspace_close(Tensor token, int workspace) -> int", fake=lambda token, workspace: 1)
 define_op(
     "workspace_refuse(Tensor token, int workspace, int channel) -> ()", fake=lambda token, workspace, channel: None
@@ -96,6 +100,7 @@ class Workspace:
         num_channels: how many calls may be in flight at once, 1 to 16.
         transport: "auto", "peer" (deterministic bits) or "multimem" (an error where the fabric has none).
         timeout_s: the deadline of a call.
+        link: CPU process groups only: every call takes as long as on such a link, see :class:`EmulatedLink`.
 
     Raises:
         ValueError: an argument does not fit; on every rank if on one.
@@ -103,6 +108,7 @@ class Workspace:
     """
 
     _ids = itertools.count(1)
+    link: EmulatedLink | None = None
 
     def __init__(
         self,
@@ -116,12 +122,14 @@ class Workspace:
         num_channels: int = 2,
         transport: str = "auto",
         timeout_s: float | None = None,
+        link: EmulatedLink | None = None,
     ):
         if not hasattr(group, "rank") or not hasattr(group, "size"):
             raise ValueError(f"Workspace: group must be a torch.distributed process group, got {group!r}")
         agreement = Agreement(group)
         problem = None
         try:
+            self._set_link(link, device)
             self._set_sizes(max_tokens, hidden, dtype, device, staging, num_channels, timeout_s)
             if agreement.world_size > MAX_WORLD_SIZE:
                 raise ValueError(
@@ -137,6 +145,7 @@ class Workspace:
         if problem is None:
             facts |= {
                 "host": host_identity() if self.device.type == "cpu" else None,
+                "link": link,
                 "host_name": socket.gethostname(),
                 "device_type": self.device.type,
                 "buffer_bytes": self._buffer_bytes,
@@ -154,11 +163,12 @@ class Workspace:
                     f"Workspace: device must be of one type on all ranks, got {self.device.type} here and "
                     f"{other['device_type']} on rank {rank}"
                 )
-            if other["transport"] != transport:
-                raise ValueError(
-                    f"Workspace: transport must be the same on all ranks, got {transport!r} here and "
-                    f"{other['transport']!r} on rank {rank}"
-                )
+            for name in ("transport", "link"):
+                if other[name] != facts[name]:
+                    raise ValueError(
+                        f"Workspace: {name} must be the same on all ranks, got {facts[name]!r} here and "
+                        f"{other[name]!r} on rank {rank}"
+                    )
             if other["host"] != facts["host"]:
                 raise CommunicationError(
                     f"Workspace: CPU ranks must be processes of one host and one process namespace, but rank "
@@ -201,12 +211,17 @@ class Workspace:
         staging: bool = True,
         num_channels: int = 2,
         timeout_s: float | None = None,
+        link: None = None,
     ) -> Workspace:
         """All ranks in this process, on one device: "cpu", "cuda" or "simt" (the emulator, test builds only).
 
         On a GPU one launch runs all ranks with the kernel that real ranks run; on a CPU nobody has to wait, so the
-        steps of the ranks are done one after the other. Other arguments are those of the constructor.
+        steps of the ranks are done one after the other. Other arguments are those of the constructor; there is no link.
         """
+        if link is not None:
+            raise ValueError(
+                f"Workspace: link must be None for virtual ranks, which send each other nothing, got {link}"
+            )
         self = cls.__new__(cls)
         is_simt = device == "simt"
         self._set_sizes(max_tokens, hidden, dtype, "cpu" if is_simt else device, staging, num_channels, timeout_s)
@@ -250,6 +265,13 @@ class Workspace:
         self.hidden, self.dtype, self.num_channels = hidden, dtype, num_channels
         self._buffer_bytes = _round_up(max_tokens * hidden * dtype.itemsize, 4096)
         self._staging_bytes = self._buffer_bytes if staging else 0
+
+    def _set_link(self, link: EmulatedLink | None, device: str | torch.device) -> None:
+        if link is not None and not isinstance(link, EmulatedLink):
+            raise ValueError(f"Workspace: link must be an EmulatedLink or None, got {link!r}")
+        if link is not None and torch.device(device).type != "cpu":
+            raise ValueError(f"Workspace: link must be None on {device}, whose links are real, got an {link}")
+        self.link = link
 
     def _prepare(self, rank: int, world_size: int, is_virtual: bool, ops) -> None:
         self.rank, self.world_size, self.is_virtual, self._ops = rank, world_size, is_virtual, ops
@@ -337,7 +359,12 @@ class Workspace:
             self._memory.multicast_address, self._pads.multicast_address,
             *self._memory.addresses, *self._pads.addresses, *self._liveness,
         ]  # fmt: skip
-        self._ops.workspace_open(self.token, torch.tensor(description, dtype=torch.int64, device="cpu"))
+        self._ops.workspace_open(
+            self.token,
+            torch.tensor(description, dtype=torch.int64, device="cpu"),
+            self.link.gigabytes_per_s if self.link else 0.0,
+            self.link.latency_us if self.link else 0.0,
+        )
         self.generation += 1
 
     # --------------------------------------------------------------------------------------------------------- using it
@@ -490,5 +517,5 @@ class Workspace:
         return (
             f"Workspace {self.id}: {kind} of {self.world_size} on {self.device}, transport {self.transport}, "
             f"{self._buffer_bytes >> 10} KiB of buffer and {self.num_channels} x {self._staging_bytes >> 10} KiB of "
-            f"staging per rank, deadline {self.timeout_s:g} s"
+            f"staging per rank, deadline {self.timeout_s:g} s" + (f", {self.link}" if self.link else "")
         )

@@ -305,7 +305,8 @@ def allreduce_rmsnorm_(
         workspace: its channel ``channel`` must be free.
         eps, weight_bias: as in :func:`rms_norm`.
         max_ctas: on a GPU the blocks per rank at most, 1 to 128; 0 means 16 (fewer for virtual ranks, whose blocks
-            must all be resident at once). The result does not depend on it. Not used on a CPU.
+            must all be resident at once). On a CPU 1 is the calling thread alone, anything else torch's threads. The
+            result does not depend on it.
 
     With virtual ranks x and residual are ``[world_size, num_tokens, hidden]``.
 

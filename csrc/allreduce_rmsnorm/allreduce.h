@@ -42,6 +42,7 @@ struct AllreduceParams {
   int32_t max_ctas = 0;  // GPU blocks per rank at most
   uint64_t timeout_ns = 0;
   uint64_t sequence = 0;  // CPU processes: number of this call on its channel, 1, 2, ...
+  uint64_t link_ns = 0;   // CPU processes: for how long this call occupies the emulated link; 0: there is none
 };
 
 // Returns at once on a GPU. On a CPU it returns when the rank is done; a failure that concerns the ranks is then in
@@ -61,6 +62,24 @@ constexpr RowRange owned_rows(int64_t num_tokens, int32_t world_size, int32_t ra
   const int64_t each = num_tokens / world_size, extra = num_tokens % world_size;
   const int64_t begin = rank * each + (rank < extra ? rank : extra);
   return {begin, begin + each + (rank < extra ? 1 : 0)};
+}
+
+// ------------------------------------------------------------------------------------------------- the emulated link
+
+// What a rank's link to the others would need for a call, as tokenweave_ops.EmulatedLink has it.
+struct EmulatedLink {
+  double gigabytes_per_s = 0.0;  // in each direction; 0: no link is emulated
+  double latency_us = 0.0;
+};
+
+// Sum over ranks: of `op_bytes` a rank hands over all and gets back one world_size-th to reduce, then the reverse, both
+// at once. Gather: it gets all. Rounded up, and at most 115 days, so that a few of them never pass the end of a word.
+constexpr uint64_t link_ns(const EmulatedLink& link, Collective collective, int64_t op_bytes, int32_t world_size) {
+  if (link.gigabytes_per_s == 0.0 || world_size == 1) return 0;
+  const double shares = collective == Collective::gather ? 1.0 : 1.0 + 1.0 / world_size;
+  const double ns = link.latency_us * 1e3 + static_cast<double>(op_bytes) * shares / link.gigabytes_per_s;
+  constexpr double kMost = 1e16;
+  return static_cast<uint64_t>(ns < kMost ? ns : kMost) + 1;
 }
 
 // ------------------------------------------------------------------------------------------------------- the entry

@@ -1,4 +1,5 @@
-// The launch plan and the split of rows over ranks, shown to Python: tested with sizes no test could allocate.
+// The launch plan, the split of rows over ranks and the time of an emulated link, shown to Python: tested with sizes no
+// test could allocate.
 #include "allreduce_rmsnorm/allreduce.h"
 #include "host/bindings.h"
 
@@ -24,6 +25,14 @@ HOST_BINDINGS(m) {
         return py::make_tuple(range.begin, range.end);
       },
       py::arg("num_tokens"), py::arg("world_size"), py::arg("rank"));
+  m.def(
+      "link_ns",
+      [](double gigabytes_per_s, double latency_us, bool is_gather, int64_t op_bytes, int32_t world_size) {
+        const Collective collective = is_gather ? Collective::gather : Collective::allreduce;
+        return link_ns({gigabytes_per_s, latency_us}, collective, op_bytes, world_size);
+      },
+      py::arg("gigabytes_per_s"), py::arg("latency_us"), py::arg("is_gather"), py::arg("op_bytes"),
+      py::arg("world_size"));
 }
 
 }  // namespace tokenweave::inline TOKENWEAVE_BACKEND

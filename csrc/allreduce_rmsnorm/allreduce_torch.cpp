@@ -224,8 +224,9 @@ class Call {
     // Only what ends the workspace goes into the workspace's.
     uint64_t own_record[kRecordWords] = {};
     if (kReturnsWhenDone) params.workspace.record = own_record;
+    params.link_ns = link_ns(open_->link, params.collective, bytes_per_rank(), params.workspace.world_size);
     const ExecutionScope scope(token_);
-    raise_unless(allreduce(params, scope.context()), op_);
+    raise_unless(allreduce(params, context_of(scope)), op_);
     const Workspace& w = params.workspace;
     is_done_ = recorded_failure(w) == Failure::none;
     if (is_done_) return;
@@ -248,12 +249,20 @@ class Call {
     norm.residual_rows = norm.h_rows = residual_rows;
     if (norm.num_rows == 0) return;
     const ExecutionScope scope(token_);
-    raise_unless(rms_norm(norm, scope.context()), op_);
+    raise_unless(rms_norm(norm, context_of(scope)), op_);
   }
 
   AllreduceParams params;
 
  private:
+  // On a CPU the calling thread alone may be asked for: a second thread of a program, which drives collectives while
+  // the first one computes, would bring a whole team of its own.
+  ExecutionContext context_of(const ExecutionScope& scope) const {
+    ExecutionContext context = scope.context();
+    if (max_ctas_ == 1) context.parallel_for = nullptr;
+    return context;
+  }
+
   void check_contiguous_rows(const TensorInfo& x, const RankRows& rows) const {
     const bool one_stride = rows.of_rank.inner_rows >= rows.num_tokens;
     if (rows.num_tokens > 1 && !(one_stride && rows.of_rank.inner_stride == params.hidden)) {

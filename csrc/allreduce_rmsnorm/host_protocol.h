@@ -7,6 +7,9 @@
 // older number than the next call and is dropped. Any other failure leaves ranks at unknown places, so it is written
 // into every pad as an abort word, and all calls fail until the workspace is reset.
 //
+// An emulated link carries nothing: the memory of the host does. A rank only stays away from the exit, asleep, until
+// such a link would have been done. Calls of a rank on several channels have the link one after the other.
+//
 // Words are read with acquire and written with release, and nothing else orders the data in the buffers: the bell, the
 // count of sleepers and the calls' numbers are relaxed, so that the thread sanitizer does not take them for more.
 #pragma once
@@ -14,6 +17,7 @@
 #include <linux/futex.h>
 #include <poll.h>
 #include <sched.h>
+#include <sys/prctl.h>
 #include <sys/syscall.h>
 #include <time.h>
 #include <unistd.h>
@@ -28,6 +32,8 @@ namespace {
 // A waiting rank spins for what a wake-up would cost anyway, then lets others run, then sleeps; asleep it looks up this
 // often for what rings no bell: dead processes and this process's signals.
 constexpr uint64_t kSpinNs = 20'000, kYieldNs = 500'000, kSleepNs = 20'000'000;
+// With an emulated link, which needs no processor: then others have something to compute.
+constexpr uint64_t kLinkYieldNs = 50'000;
 
 TW_CPU uint64_t read_word(const uint64_t* word) { return __atomic_load_n(word, __ATOMIC_ACQUIRE); }
 TW_CPU void write_word(uint64_t* word, uint64_t value) { __atomic_store_n(word, value, __ATOMIC_RELEASE); }
@@ -105,10 +111,18 @@ class HostCall {
   bool is_aborted() { return report(Stage::entry, find_abort()); }
 
   // True when all ranks have come with the same word: from here on their buffers may be read and written.
-  bool enter() { return meet(Stage::entry); }
+  bool enter() {
+    pending_ = all_peers();
+    if (!meet(Stage::entry)) return false;
+    take_link();
+    return true;
+  }
 
-  // True when all ranks have done their rows.
-  bool leave() { return meet(Stage::exit); }
+  // True when all ranks have done their rows, and an emulated link would have carried them.
+  bool leave() {
+    pending_ = all_peers();
+    return !report(Stage::exit, wait_for_link()) && meet(Stage::exit);
+  }
 
   // After leave() has failed.
   bool has_left(int peer) const {
@@ -143,7 +157,6 @@ class HostCall {
       write_word(own_slot, word_);
     }
     ring_bells(workspace_);
-    pending_ = all_peers();
     return !report(stage, wait(stage));
   }
 
@@ -152,15 +165,16 @@ class HostCall {
     if (is_over(setback)) return setback;
     uint64_t* const pad = workspace_.pad[workspace_.rank];
     const uint64_t begin_ns = now_ns();
+    const uint64_t yield_ns = has_link() ? kLinkYieldNs : kYieldNs;
     const uint64_t spin_ns = has_processors_for(workspace_.world_size) ? kSpinNs : 0;
     for (;;) {
       const uint64_t time_ns = now_ns();
-      const uint64_t waited_ns = time_ns - begin_ns, passed_ns = time_ns - start_ns_;
-      if (passed_ns >= params_.timeout_ns) {
+      const uint64_t waited_ns = time_ns - begin_ns, due_ns = deadline_ns(stage);
+      if (time_ns >= due_ns) {
         setback = look(stage);
         return is_over(setback) ? setback : Setback{Failure::timeout, __builtin_ctz(pending_)};
       }
-      if (waited_ns < kYieldNs) {
+      if (waited_ns < yield_ns) {
         if (waited_ns < spin_ns) {
           pause_briefly();
         } else {
@@ -171,13 +185,64 @@ class HostCall {
         const uint32_t heard = lie_down(pad);
         setback = look(stage);
         if (!is_over(setback)) setback = look_at_processes(stage);
-        const uint64_t left_ns = params_.timeout_ns - passed_ns;
-        if (!is_over(setback)) sleep(pad, heard, left_ns < kSleepNs ? left_ns : kSleepNs);
+        if (!is_over(setback)) sleep(pad, heard, shorter(due_ns - time_ns, kSleepNs));
         get_up(pad);
       }
       if (is_over(setback)) return setback;
     }
   }
+
+  // The deadline is for peers, not for links: at the exit nobody's link counts.
+  uint64_t deadline_ns(Stage stage) const {
+    uint64_t since_ns = start_ns_;
+    if (has_link() && stage == Stage::exit) {
+      for (int rank = 0; rank < workspace_.world_size; ++rank) {
+        const uint64_t free_ns = __atomic_load_n(workspace_.pad[rank] + kLinkWord, __ATOMIC_RELAXED);
+        if (free_ns > since_ns) since_ns = free_ns;
+      }
+    }
+    return since_ns + params_.timeout_ns;
+  }
+
+  bool has_link() const { return params_.link_ns != 0; }
+
+  // From now on, or from when the calls before this one are through.
+  void take_link() {
+    if (!has_link()) return;
+    uint64_t* const word = workspace_.pad[workspace_.rank] + kLinkWord;
+    const uint64_t time_ns = now_ns();
+    uint64_t free_ns = read_word(word);
+    do {
+      link_done_ns_ = (free_ns > time_ns ? free_ns : time_ns) + params_.link_ns;
+    } while (!replace_word(word, free_ns, link_done_ns_));
+  }
+
+  Setback wait_for_link() {
+    if (!has_link()) return {};
+    // Timers may be late by the thread's slack, 50 us by default: as much as a short call takes.
+    const int slack_ns = prctl(PR_GET_TIMERSLACK);
+    prctl(PR_SET_TIMERSLACK, 1ul);
+    const Setback setback = sleep_until_link_is_done();
+    if (slack_ns > 0) prctl(PR_SET_TIMERSLACK, static_cast<unsigned long>(slack_ns));
+    return setback;
+  }
+
+  // As alert as any other wait. Peers whose link was faster may have come to the exit already.
+  Setback sleep_until_link_is_done() {
+    uint64_t* const pad = workspace_.pad[workspace_.rank];
+    for (;;) {
+      const uint64_t time_ns = now_ns();
+      if (time_ns >= link_done_ns_) return {};
+      const uint32_t heard = lie_down(pad);
+      Setback setback = look(Stage::exit);
+      if (!setback) setback = look_at_processes(Stage::exit);
+      if (!setback) sleep(pad, heard, shorter(link_done_ns_ - time_ns, kSleepNs));
+      get_up(pad);
+      if (setback) return setback;
+    }
+  }
+
+  static uint64_t shorter(uint64_t a_ns, uint64_t b_ns) { return a_ns < b_ns ? a_ns : b_ns; }
 
   bool is_over(const Setback& setback) const { return setback || pending_ == 0; }
 
@@ -284,7 +349,8 @@ class HostCall {
   const Workspace& workspace_;
   const uint64_t word_;
   const uint64_t start_ns_;
-  uint32_t pending_ = 0;  // a bit per peer that has not come yet
+  uint64_t link_done_ns_ = 0;  // when the emulated link has carried this call's rows
+  uint32_t pending_ = 0;       // a bit per peer that has not come yet
 };
 
 }  // namespace

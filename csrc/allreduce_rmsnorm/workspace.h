@@ -26,6 +26,7 @@ constexpr int64_t kClaimWord = 1;     // of the own threads that fail at once, o
 constexpr int64_t kBellWord = 2;      // CPU: what a sleeping rank waits on (low 32 bits, a futex)
 constexpr int64_t kSleepersWord = 3;  // CPU: threads of this rank that sleep
 constexpr int64_t kClosedWord = 4;    // CPU: this rank has closed its workspace
+constexpr int64_t kLinkWord = 5;      // CPU: when this rank's emulated link is free again, of CLOCK_MONOTONIC
 // CPU, per channel: the last call that this rank refused, see host_protocol.h.
 constexpr int64_t kFirstRefusalWord = 8;
 constexpr int64_t kFirstProbeWord = 32;  // per peer: what it wrote when the workspace was made

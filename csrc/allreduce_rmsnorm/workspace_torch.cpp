@@ -7,8 +7,10 @@
 
 namespace tokenweave::inline TOKENWEAVE_BACKEND {
 
-// `description`: int64 on the CPU, in the order read below, then per rank buffer, pad and liveness.
-void workspace_open(const Tensor& token, const Tensor& description) {
+// `description`: int64 on the CPU, in the order read below, then per rank buffer, pad and liveness. Without an emulated
+// link its speed is 0.
+void workspace_open(const Tensor& token, const Tensor& description, double link_gigabytes_per_s,
+                    double link_latency_us) {
   constexpr const char* kOp = "workspace_open";
   const TensorInfo token_info("token", token), info("description", description);
   constexpr int64_t kFixed = 15;
@@ -46,12 +48,15 @@ void workspace_open(const Tensor& token, const Tensor& description) {
   for (int rank = 0; rank < view.world_size; ++rank) view.buffer[rank] = reinterpret_cast<char*>(*next++);
   for (int rank = 0; rank < view.world_size; ++rank) view.pad[rank] = reinterpret_cast<uint64_t*>(*next++);
   for (int rank = 0; rank < view.world_size; ++rank) view.liveness[rank] = static_cast<int32_t>(*next++);
+  opened->link = {link_gigabytes_per_s, link_latency_us};
   opened->device_type = token_info.device_type;
   opened->device_index = token_info.device_index;
   opened->process = getpid();
   registry::add(id, std::move(opened));
 }
-TOKENWEAVE_OP("workspace_open(Tensor token, Tensor description) -> ()", workspace_open);
+TOKENWEAVE_OP(
+    "workspace_open(Tensor token, Tensor description, float link_gigabytes_per_s, float link_latency_us) -> ()",
+    workspace_open);
 
 // Nonzero once no call of this process is inside any more, so that the memory may go. On a CPU calls that wait for
 // peers, and peers that wait for this rank, are told. Zero if one is still inside because this is called from within

@@ -28,6 +28,7 @@ struct OpenWorkspace {
   int32_t device_type = 0, device_index = 0;
   pid_t process = 0;
   uint64_t timeout_ns = 0, first_timeout_ns = 0;
+  EmulatedLink link;
   std::atomic<bool> closing{false};  // set before close() waits for running calls; looked at once a call is running
 
   struct Channel {

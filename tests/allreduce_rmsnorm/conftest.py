@@ -1,9 +1,18 @@
-"""The `ranks` fixture: a collective is called the same way whether its ranks are virtual, emulated or on a GPU."""
+"""The `ranks` fixture: a collective is called the same way whether its ranks are virtual, emulated or on a GPU. And the
+`start` fixture: ranks as real processes of this host."""
 
 from __future__ import annotations
 
 import contextlib
+import json
+import os
+import queue
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
 import torch
@@ -136,3 +145,93 @@ def ranks(request) -> Ranks:
     yield Ranks(request.param)
     if request.node.get_closest_marker("no_launch") is None:
         assert simt.counters()["switches"] > before, "this simt test never entered the emulator"
+
+
+# ------------------------------------------------------------------------------------------------------------ processes
+
+ANSWER_S = 60.0  # of a scenario; generous, so that only a hang exceeds it
+
+
+class Processes:
+    """A group of processes that run scenarios of rank_process.py together."""
+
+    def __init__(self, world_size: int, store: Path):
+        self.world_size = world_size
+        environment = os.environ | {"GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1"}
+        program = str(Path(__file__).with_name("rank_process.py"))
+        self.processes = [
+            subprocess.Popen(
+                [sys.executable, program, str(rank), str(world_size), str(store)],
+                stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment,
+            )
+            for rank in range(world_size)
+        ]  # fmt: skip
+        self.answers = [queue.Queue() for _ in self.processes]
+        for process, answers in zip(self.processes, self.answers, strict=True):
+            threading.Thread(target=self._read, args=(process, answers), daemon=True).start()
+        self.pids = [self._answer(rank, ANSWER_S)["ready"] for rank in range(world_size)]
+
+    @staticmethod
+    def _read(process, answers) -> None:
+        for line in process.stdout:
+            if line.startswith("{"):
+                answers.put(json.loads(line))
+        answers.put({"ended": process.wait()})
+
+    def _answer(self, rank: int, timeout_s: float) -> dict:
+        try:
+            return self.answers[rank].get(timeout=timeout_s)
+        except queue.Empty:
+            self.end()
+            pytest.fail(f"rank {rank} gave no answer in {timeout_s} s: it hangs")
+
+    def start(self, rank: int, scenario: str, **arguments) -> None:
+        self.processes[rank].stdin.write(json.dumps([scenario, arguments]) + "\n")
+        self.processes[rank].stdin.flush()
+
+    def answer(self, rank: int, timeout_s: float = ANSWER_S) -> dict:
+        return self._answer(rank, timeout_s)
+
+    def run(self, scenario: str, ranks=None, **arguments) -> list[dict]:
+        """The same on all ranks (or some), at once; their answers in order."""
+        ranks = range(self.world_size) if ranks is None else ranks
+        for rank in ranks:
+            self.start(rank, scenario, **arguments)
+        return [self.answer(rank) for rank in ranks]
+
+    def succeed(self, scenario: str, ranks=None, **arguments) -> list:
+        answers = self.run(scenario, ranks, **arguments)
+        for answer in answers:
+            assert "result" in answer, answer.get("traceback", answer)
+        return [answer["result"] for answer in answers]
+
+    def end(self) -> None:
+        for process in self.processes:
+            if process.poll() is None:
+                process.kill()
+            process.wait()
+            process.stdin.close()
+
+
+def _processes_in(folder: Path) -> Iterator[Callable[[int], Processes]]:
+    started = []
+
+    def start_processes(world_size: int) -> Processes:
+        started.append(Processes(world_size, folder / f"store-{len(started)}"))
+        return started[-1]
+
+    yield start_processes
+    for processes in started:
+        processes.end()
+
+
+@pytest.fixture
+def start(tmp_path):
+    """start(world_size): processes of the test's own, which it may kill."""
+    yield from _processes_in(tmp_path)
+
+
+@pytest.fixture(scope="module")
+def start_shared(tmp_path_factory):
+    """start_shared(world_size): processes that the tests of a module share."""
+    yield from _processes_in(tmp_path_factory.mktemp("ranks"))

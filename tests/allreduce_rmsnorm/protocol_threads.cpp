@@ -197,6 +197,9 @@ void make_call(Group& group, int rank, int channel, uint64_t sequence, const Cal
   }
   if (is_gather || has_norm) p.residual = residual.data();
   p.weight = weight.data();
+  // Now and then a link, of another length on each rank: some are at the exit while others still sleep.
+  const uint64_t link = draw({c.key, 21, uint64_t(rank)});
+  if (c.key % 8 == 0) p.link_ns = 1 + link % 400'000;
 
   if (c.plan == Plan::refuse && rank == c.culprit) {
     refuse(p);
@@ -453,6 +456,63 @@ void window(Group& group, uint64_t) {
   }
 }
 
+// Rank 0 has its link late: nobody leaves before it, and that is no timeout, though it takes longer than one.
+void link(Group& group, uint64_t) {
+  constexpr uint64_t kLinkNs = 600'000'000, kTimeoutNs = 450'000'000;
+  group.run([&](int rank) {
+    uint64_t record[kRecordWords];
+    AllreduceParams p = group.params(rank, record);
+    p.sequence = 1;
+    if (rank == 0) write_word(group.pads[0].data() + kLinkWord, now_ns() + kLinkNs);
+    EXPECT(call(p).failure == Failure::none, "rank %d", rank);  // they meet: now nobody is late
+    p.sequence = 2;
+    p.timeout_ns = kTimeoutNs;
+    p.link_ns = kLinkNs;
+    const Outcome outcome = call(p);
+    EXPECT(outcome.failure == Failure::none, "rank %d: failure %d, peer %d", rank, int(outcome.failure), outcome.peer);
+    EXPECT(now_ns() >= read_word(group.pads[0].data() + kLinkWord), "rank %d left early", rank);
+    EXPECT(outcome.milliseconds >= 600, "rank %d: %f ms", rank, outcome.milliseconds);
+  });
+  expect_pads_at_rest(group);
+}
+
+// The process of rank 0 ends while the link carries its row: it is NaN with everybody, nobody waits for the link.
+void link_lost(Group& group, uint64_t) {
+  const int process = eventfd(0, 0);
+  std::thread reaper([process] {
+    std::this_thread::sleep_for(milliseconds(50));
+    eventfd_write(process, 1);
+  });
+  uint64_t unused[kRecordWords];
+  const auto params = [&](int rank, uint64_t* record) {
+    AllreduceParams p = group.params(rank, record);
+    p.sequence = 1;
+    p.num_tokens = 1;  // rank 0's
+    p.dtype = DType::fp32;
+    p.link_ns = kNoHurry;
+    return p;
+  };
+  for (int peer = 1; peer < group.world_size; ++peer) {
+    uint64_t* const slot = group.pads[peer].data() + kFirstChannelWord;  // channel 0, entry, rank 0
+    slot[1] = 1;
+    slot[0] = entry_word(params(0, unused), 1);
+  }
+  group.run(
+      [&](int rank) {
+        uint64_t record[kRecordWords];
+        AllreduceParams p = params(rank, record);
+        p.workspace.liveness[0] = process;
+        const Outcome outcome = call(p);
+        expect_failure_of_rank_0(outcome, Failure::lost, rank);
+        EXPECT(outcome.stage == Stage::exit && outcome.milliseconds < 2000, "rank %d: %f ms", rank,
+               outcome.milliseconds);
+        const float lost = reinterpret_cast<float*>(group.buffers[rank].data())[0];
+        EXPECT(lost != lost, "rank %d: %f", rank, lost);
+      },
+      1);
+  reaper.join();
+}
+
 // Who sleeps is woken by the bell, long before it would look by itself.
 void bell(Group& group, uint64_t) {
   constexpr int kCalls = 21;
@@ -479,8 +539,9 @@ int main(int argc, char** argv) {
     void (*run)(Group& group, uint64_t seed);
   };
   constexpr Mode kModes[] = {
-      {"mixed", mixed},   {"missing", missing},         {"half", half},     {"refused", refused}, {"lost", lost},
-      {"closed", closed}, {"interrupted", interrupted}, {"window", window}, {"bell", bell}};
+      {"mixed", mixed},        {"missing", missing},         {"half", half},     {"refused", refused}, {"lost", lost},
+      {"closed", closed},      {"interrupted", interrupted}, {"window", window}, {"bell", bell},       {"link", link},
+      {"link_lost", link_lost}};
   if (argc != 4) return 2;
   for (const Mode& mode : kModes) {
     if (std::string(argv[1]) != mode.name) continue;

@@ -1,5 +1,5 @@
-"""One rank of the groups in test_processes.py: reads the name of a scenario and its arguments from stdin, one JSON line
-each, runs it, and answers with a line. Started as a program, never forked."""
+"""One rank of the groups in test_processes.py and test_link.py: reads the name of a scenario and its arguments from
+stdin, one JSON line each, runs it, and answers with a line. Started as a program, never forked."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ import torch.distributed as dist
 
 import tokenweave_ops as ops
 from tokenweave_ops import _shared_memory
+from tokenweave_ops._emulated_link import EmulatedLink
 from tokenweave_ops.reference import allreduce_rmsnorm as reference
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -30,9 +31,13 @@ class Rank:
 
     # ------------------------------------------------------------------------------------------------------ scenarios
 
-    def open(self, max_tokens=64, hidden=512, dtype="bf16", **options):
+    def open(self, max_tokens=64, hidden=512, dtype="bf16", device="cpu", link=None, **options):
         self.close()
-        self.workspace = ops.Workspace(self.group, max_tokens, hidden, DTYPES[dtype], device="cpu", **options)
+        if isinstance(link, dict):
+            link = EmulatedLink(**link)
+        self.workspace = ops.Workspace(
+            self.group, max_tokens, hidden, DTYPES[dtype], device=device, link=link, **options
+        )
         return repr(self.workspace)
 
     def close(self):
@@ -220,6 +225,64 @@ class Rank:
             x.fill_(float(self.rank))
             ops.allreduce_(x, workspace)
             return x[0, 0].item(), workspace.rank
+
+    def timed(self, num_tokens: int, op: str = "allreduce_"):
+        """What one call took, and what the link promises for it."""
+        x, link = self.workspace.empty(num_tokens), self.workspace.link
+        expected_us = (link.gather_us if op == "gather_residual_" else link.occupied_us)(x.nbytes, self.world_size)
+        dist.barrier()
+        began_s, began_cpu_s = time.perf_counter(), time.process_time()
+        getattr(ops, op)(x, self.workspace)
+        return {
+            "wall_s": time.perf_counter() - began_s,
+            "cpu_s": time.process_time() - began_cpu_s,
+            "link_s": expected_us * 1e-6,
+        }
+
+    def timed_on_two_channels(self, num_tokens: int):
+        """Seconds until each of two calls, begun at the same time by two threads, was done."""
+        dist.barrier()
+        took_s = [0.0, 0.0]
+        began_s = time.perf_counter()
+
+        def run(channel):
+            self.allreduce(num_tokens, offset_bytes=channel * num_tokens * 1024, channel=channel)
+            took_s[channel] = time.perf_counter() - began_s
+
+        threads = [threading.Thread(target=run, args=(channel,)) for channel in (0, 1)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        return sorted(took_s)
+
+    def counted_meanwhile(self, num_tokens: int):
+        """How far this thread counts while another one is in a call."""
+        count = 0
+        thread = threading.Thread(target=self.allreduce, args=(num_tokens,))
+        thread.start()
+        while thread.is_alive():
+            count += 1
+        return count
+
+    def threads_of_a_call(self, num_tokens: int, max_ctas: int):
+        """How many threads a thread of this process starts by its calls."""
+        torch.set_num_threads(3)
+        x, more = self.workspace.empty(num_tokens), []
+        residual, weight = torch.zeros_like(x), torch.ones(x.shape[1], dtype=x.dtype)
+
+        def run():
+            before = set(os.listdir("/proc/self/task"))
+            for mode in ("sharded", "replicated"):
+                ops.allreduce_rmsnorm_(x, residual, weight, self.workspace, residual_mode=mode, max_ctas=max_ctas)
+            ops.gather_residual_(residual, self.workspace, max_ctas=max_ctas)
+            more.extend(set(os.listdir("/proc/self/task")) - before)
+
+        thread = threading.Thread(target=run)
+        thread.start()
+        thread.join()
+        torch.set_num_threads(1)
+        return len(more)
 
     def memory(self):
         """What this process holds of shared memory: file descriptors and mappings."""

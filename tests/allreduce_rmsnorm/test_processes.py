@@ -3,104 +3,22 @@ each answer has a deadline, and what is still there afterwards is killed."""
 
 from __future__ import annotations
 
-import json
 import os
-import queue
 import re
 import signal
-import subprocess
-import sys
-import threading
 import time
-from pathlib import Path
 
 import pytest
 
 from tokenweave_ops import _library
 
 pytestmark = pytest.mark.skipif(_library.load_library("cpu") != "loaded", reason="needs the CPU kernels")
-ANSWER_S = 60.0  # of a scenario; generous, so that only a hang exceeds it
-
-
-class Processes:
-    """A group of processes that run scenarios of rank_process.py together."""
-
-    def __init__(self, world_size: int, store: Path):
-        self.world_size = world_size
-        environment = os.environ | {"GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1"}
-        program = str(Path(__file__).with_name("rank_process.py"))
-        self.processes = [
-            subprocess.Popen(
-                [sys.executable, program, str(rank), str(world_size), str(store)],
-                stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment,
-            )
-            for rank in range(world_size)
-        ]  # fmt: skip
-        self.answers = [queue.Queue() for _ in self.processes]
-        for process, answers in zip(self.processes, self.answers, strict=True):
-            threading.Thread(target=self._read, args=(process, answers), daemon=True).start()
-        self.pids = [self._answer(rank, ANSWER_S)["ready"] for rank in range(world_size)]
-
-    @staticmethod
-    def _read(process, answers) -> None:
-        for line in process.stdout:
-            if line.startswith("{"):
-                answers.put(json.loads(line))
-        answers.put({"ended": process.wait()})
-
-    def _answer(self, rank: int, timeout_s: float) -> dict:
-        try:
-            return self.answers[rank].get(timeout=timeout_s)
-        except queue.Empty:
-            self.end()
-            pytest.fail(f"rank {rank} gave no answer in {timeout_s} s: it hangs")
-
-    def start(self, rank: int, scenario: str, **arguments) -> None:
-        self.processes[rank].stdin.write(json.dumps([scenario, arguments]) + "\n")
-        self.processes[rank].stdin.flush()
-
-    def answer(self, rank: int, timeout_s: float = ANSWER_S) -> dict:
-        return self._answer(rank, timeout_s)
-
-    def run(self, scenario: str, ranks=None, **arguments) -> list[dict]:
-        """The same on all ranks (or some), at once; their answers in order."""
-        ranks = range(self.world_size) if ranks is None else ranks
-        for rank in ranks:
-            self.start(rank, scenario, **arguments)
-        return [self.answer(rank) for rank in ranks]
-
-    def succeed(self, scenario: str, ranks=None, **arguments) -> list:
-        answers = self.run(scenario, ranks, **arguments)
-        for answer in answers:
-            assert "result" in answer, answer.get("traceback", answer)
-        return [answer["result"] for answer in answers]
-
-    def end(self) -> None:
-        for process in self.processes:
-            if process.poll() is None:
-                process.kill()
-            process.wait()
-            process.stdin.close()
-
-
-@pytest.fixture
-def start(tmp_path):
-    """start(world_size): processes of the test's own, which it may kill."""
-    started = []
-
-    def start_processes(world_size: int) -> Processes:
-        started.append(Processes(world_size, tmp_path / f"store-{len(started)}"))
-        return started[-1]
-
-    yield start_processes
-    for processes in started:
-        processes.end()
 
 
 @pytest.fixture(scope="module", params=[2, 4], ids=["W2", "W4"])
-def shared(request, tmp_path_factory):
+def shared(request, start_shared):
     """Processes that scenarios without casualties share, since starting them takes seconds."""
-    processes = Processes(request.param, tmp_path_factory.mktemp("ranks") / "store")
+    processes = start_shared(request.param)
     yield processes
     processes.end()
 

@@ -11,7 +11,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 PROGRAM = Path(__file__).with_name("protocol_threads.cpp")
 FAMILY = ROOT / "csrc" / "allreduce_rmsnorm"
-MODES = ["mixed", "missing", "half", "refused", "lost", "closed", "interrupted", "window", "bell"]
+MODES = ["mixed", "missing", "half", "refused", "lost", "closed", "interrupted", "window", "bell", "link", "link_lost"]
 
 
 def compile_with_sanitizer(program: Path, source: Path, *include: Path) -> subprocess.CompletedProcess:

@@ -25,9 +25,13 @@ from tokenweave_models.common.corpus import find_checkout, project_text
 from tokenweave_models.common.errors import UserError
 from tokenweave_models.common.tokenizer import ByteTokenizer
 from tokenweave_models.tokenweave import demo_ranks
-from tokenweave_models.tokenweave.model import MODES, Decoder, ModelConfig, random_decoder
-from tokenweave_models.tokenweave.timing import timed_pass
+from tokenweave_models.tokenweave.config import ModelConfig
+from tokenweave_models.tokenweave.executor import Executor
+from tokenweave_models.tokenweave.model import Decoder, random_decoder
+from tokenweave_models.tokenweave.passes import prefill_executor, prefill_logits, timed_prefill
+from tokenweave_models.tokenweave.reduction import EagerAddition, FusedAddition
 
+MODES = {"reference": EagerAddition, "fused": FusedAddition}
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 WARM_UP_PASSES = 1
 # Passes stop early on a slow machine, once each mode has a median worth the name.
@@ -66,16 +70,24 @@ def compare_modes(
     Returns what came out, the logits by mode, and those of the float64 run.
     """
     num_layers = model.config.num_layers
+
+    def executor(model: Decoder, reduction: type[EagerAddition | FusedAddition]) -> Executor:
+        weight = model.norm.weight
+        return prefill_executor(
+            model, tokens, reduction(tokens.numel(), model.config.hidden, weight.dtype, weight.device)
+        )  # fmt: skip
+
     with progress() as bar:
         task = bar.add_task("float64 run of the same weights", total=1)
-        truth = copy.deepcopy(model).double()(tokens, MODES["reference"])
+        truth = prefill_logits(executor(copy.deepcopy(model).double(), EagerAddition), tokens)
         bar.advance(task)
 
+        executors = {name: executor(model, reduction) for name, reduction in MODES.items()}
         task = bar.add_task("warm-up", total=WARM_UP_PASSES * len(MODES))
         logits = {}
         for _ in range(WARM_UP_PASSES):
-            for name, norms in MODES.items():
-                logits[name] = model(tokens, norms)
+            for name in MODES:
+                logits[name] = prefill_logits(executors[name], tokens)
                 bar.advance(task)
 
         task = bar.add_task("timed passes, modes in turn", total=passes * len(MODES))
@@ -84,8 +96,8 @@ def compare_modes(
         for done in range(passes):
             if done >= MIN_PASSES and perf_counter() > deadline_s:
                 break
-            for name, norms in MODES.items():
-                timings[name].append(timed_pass(model, tokens, norms))
+            for name in MODES:
+                timings[name].append(timed_prefill(executors[name], tokens))
                 bar.advance(task)
         bar.update(task, total=sum(map(len, timings.values())))
 

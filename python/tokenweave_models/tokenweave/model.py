@@ -1,121 +1,93 @@
-"""A Llama-style decoder whose residual stream is shaped for the allreduce_rmsnorm ops.
+"""A decoder of the Llama family whose sublayers end where ranks sum up.
 
-Between two sublayers the state is a pair (x, residual): x is what the last sublayer produced and was not yet added.
-The next norm does both, `residual <- x + residual; x <- rms_norm(residual)`, so that each pair of addition and norm
-is one call. How it is computed is the `mode`; everything else is the same code in every mode:
+Between two sublayers the state of a token is a pair (x, residual): x is what the last sublayer produced, on each rank a
+partial sum, and was not yet added. What follows, `residual <- sum of x over ranks + residual; x <- rms_norm(residual)`,
+is the reduction (reduction.py); when it runs is the executor's (executor.py). Here are the sublayers between them: each
+reads normed rows and writes its partial sums to the rows it is told to, which may be those it read.
 
-    reference   torch's own addition and rms_norm, two calls
-    fused       tokenweave_ops.add_rms_norm_, one in-place pass over both tensors
-
-One process holds the whole model, or each of world_size ranks its share of the heads and of the MLP; then the norm
-call also sums over the ranks (tensor_parallel.py). Parameters carry the names of Hugging Face's Llama without their
-leading `model.`.
+A rank's share: whole heads, some of the MLP's inner features (of every expert), some rows of the vocabulary.
 """
 
-from dataclasses import dataclass
-from math import sqrt
+from math import pi, sqrt
 from typing import Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-import tokenweave_ops
+from tokenweave_models.tokenweave.batch import Batch, KVCache
+from tokenweave_models.tokenweave.config import ModelConfig, RopeScaling
 
 
-@dataclass(frozen=True)
-class ModelConfig:
-    vocab_size: int = 256
-    hidden: int = 1024
-    intermediate: int = 2816
-    num_layers: int = 8
-    num_heads: int = 16
-    num_kv_heads: int = 4
-    norm_eps: float = 1e-5
-    rope_theta: float = 10_000.0
+class Compute(Protocol):
+    """The operations whose bits may depend on how many rows they are given. Tests put others here."""
 
-    def __post_init__(self) -> None:
-        for name in ("vocab_size", "hidden", "intermediate", "num_layers", "num_heads", "num_kv_heads"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"ModelConfig: {name} must be at least 1, got {getattr(self, name)}")
-        if self.hidden % (2 * self.num_heads):
-            raise ValueError(
-                f"ModelConfig: hidden must be a multiple of 2 * num_heads (rotary pairs), got hidden={self.hidden}, "
-                f"num_heads={self.num_heads}"
-            )
-        if self.num_heads % self.num_kv_heads:
-            raise ValueError(
-                f"ModelConfig: num_heads must be a multiple of num_kv_heads, got num_heads={self.num_heads}, "
-                f"num_kv_heads={self.num_kv_heads}"
-            )
+    def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None = None, out: Tensor | None = None) -> Tensor:
+        """x @ weight.T (+ bias) for x [num_tokens, in] and weight [features, in], written to out if given."""
 
-    @property
-    def head_dim(self) -> int:
-        return self.hidden // self.num_heads
+    def grouped_linear(self, x: Tensor, weights: Tensor, ends: Tensor) -> Tensor:
+        """[num_rows, features]: rows ends[g - 1] to ends[g] of x [num_rows, in] @ weights[g].T, for weights [groups,
+        features, in] and ends [groups], int32, the last of which is num_rows."""
 
-    def check_world_size(self, world_size: int) -> None:
-        for name in ("num_heads", "num_kv_heads", "intermediate"):
-            if getattr(self, name) % world_size:
-                raise ValueError(
-                    f"ModelConfig: {name} must be a multiple of world_size, got {name}={getattr(self, name)}, "
-                    f"world_size={world_size}"
-                )
+    def attention(self, q: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+        """Causal attention of one request's newest tokens: q [heads, query_len, head_dim], keys and values [kv_heads,
+        kv_len, head_dim]; token i of q attends to the first kv_len - query_len + i + 1 keys."""
 
 
-class Norms(Protocol):
-    """How a sublayer ends and the next one begins: its last projection, the sum over ranks, the addition and the norm.
+class TorchCompute:
+    def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None = None, out: Tensor | None = None) -> Tensor:
+        if out is None:
+            return F.linear(x, weight, bias)
+        return torch.mm(x, weight.T, out=out) if bias is None else torch.addmm(bias, x, weight.T, out=out)
 
-    The calls may overwrite the tensors they are given; callers use what is returned.
-    """
+    def grouped_linear(self, x: Tensor, weights: Tensor, ends: Tensor) -> Tensor:
+        if x.dtype != torch.float64:
+            return F.grouped_mm(x, weights.transpose(1, 2), offs=ends)
+        begins = [0, *ends.tolist()]
+        groups = zip(begins[:-1], begins[1:], weights, strict=True)
+        return torch.cat([x[begin:end] @ weight.T for begin, end, weight in groups])
 
-    def first(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
-        """rms_norm(x); x itself stays as it is, since it becomes the residual."""
+    def attention(self, q: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+        query_len, kv_len = q.shape[1], keys.shape[1]
+        mask = None
+        if 1 < query_len < kv_len and q.is_cuda:  # in a form for which no mask is made
+            from torch.nn.attention.bias import causal_lower_right  # here, since it imports torch's whole compiler
 
-    def project(self, x: Tensor, weight: Tensor) -> Tensor:
-        """x @ weight.T, this rank's part of the sum that the next `add` completes. The mode decides where it lies."""
-
-    def add(self, x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-        """(rms_norm(h), h) with h = sum of x over the ranks + residual. Of h a rank may hold only the rows it owns."""
-
-
-class ReferenceNorms:
-    project = staticmethod(F.linear)
-
-    def first(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
-        return F.rms_norm(x, weight.shape, weight, eps)
-
-    def add(self, x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-        residual = x + residual
-        return F.rms_norm(residual, weight.shape, weight, eps), residual
-
-
-class FusedNorms:
-    project = staticmethod(F.linear)
-
-    def first(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
-        return tokenweave_ops.rms_norm(x, weight, eps)
-
-    def add(self, x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-        tokenweave_ops.add_rms_norm_(x, residual, weight, eps)
-        return x, residual
-
-
-MODES: dict[str, Norms] = {"reference": ReferenceNorms(), "fused": FusedNorms()}
+            mask = causal_lower_right(query_len, kv_len)
+        elif 1 < query_len < kv_len:
+            mask = torch.ones(query_len, kv_len, dtype=torch.bool).tril(kv_len - query_len)
+        return F.scaled_dot_product_attention(
+            q[None], keys[None], values[None], attn_mask=mask, is_causal=query_len == kv_len, enable_gqa=True
+        )[0]
 
 
 class Norm(nn.Module):
-    """Holds a norm's weight; the mode does the work."""
+    """Holds a norm's weight; the reduction before it does the work."""
 
     def __init__(self, hidden: int):
         super().__init__()
         self.weight = nn.Parameter(torch.ones(hidden))
 
 
-def rotary_tables(seq_len: int, head_dim: int, theta: float, dtype: torch.dtype, device: torch.device):
-    """(cos, sin), each [seq_len, head_dim]: computed in float64 and rounded once."""
-    frequencies = theta ** (-torch.arange(0, head_dim, 2, dtype=torch.float64, device=device) / head_dim)
-    angles = torch.outer(torch.arange(seq_len, dtype=torch.float64, device=device), frequencies).repeat(1, 2)
-    return angles.cos().to(dtype), angles.sin().to(dtype)
+# ------------------------------------------------------------------------------------------------------------ positions
+
+
+def rotary_frequencies(head_dim: int, theta: float, scaling: RopeScaling | None) -> Tensor:
+    """[head_dim / 2], float64: the angle by which each pair of elements turns from one position to the next."""
+    frequencies = theta ** (-torch.arange(0, head_dim, 2, dtype=torch.float64) / head_dim)
+    if scaling is None:
+        return frequencies
+    turns = scaling.original_max_len * frequencies / (2 * pi)
+    high, low = scaling.high_freq_factor, scaling.low_freq_factor
+    kept = ((turns - low) / (high - low)).clamp(0, 1)
+    return frequencies * (kept + (1 - kept) / scaling.factor)
+
+
+def rotary_tables(config: ModelConfig, max_len: int, dtype: torch.dtype, device) -> tuple[Tensor, Tensor]:
+    """(cos, sin), each [max_len, head_dim]: computed in float64 and rounded once."""
+    frequencies = rotary_frequencies(config.head_dim, config.rope_theta, config.rope_scaling)
+    angles = torch.outer(torch.arange(max_len, dtype=torch.float64), frequencies).repeat(1, 2)
+    return angles.cos().to(device, dtype), angles.sin().to(device, dtype)
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -124,41 +96,87 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return x * cos + torch.cat((-high, low), dim=-1) * sin
 
 
+# ------------------------------------------------------------------------------------------------------------ sublayers
+
+
 class Attention(nn.Module):
-    """A rank's share: whole heads, num_heads / world_size of them, with the keys and values that they read."""
+    """A rank's share: num_heads / world_size whole heads, with the keys and values that they read.
+
+    q, k and v are one matrix, in this order.
+    """
 
     def __init__(self, config: ModelConfig, world_size: int = 1):
         super().__init__()
         self.head_dim = config.head_dim
-        q_size = config.num_heads // world_size * config.head_dim
-        kv_size = config.num_kv_heads // world_size * config.head_dim
-        self.q_proj = nn.Linear(config.hidden, q_size, bias=False)
-        self.k_proj = nn.Linear(config.hidden, kv_size, bias=False)
-        self.v_proj = nn.Linear(config.hidden, kv_size, bias=False)
+        self.num_heads, self.num_kv_heads = config.num_heads // world_size, config.num_kv_heads // world_size
+        q_size = self.num_heads * config.head_dim
+        self.qkv_proj = nn.Linear(
+            config.hidden, q_size + 2 * self.num_kv_heads * config.head_dim, bias=config.qkv_bias
+        )  # fmt: skip
         self.o_proj = nn.Linear(q_size, config.hidden, bias=False)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, norms: Norms) -> Tensor:
-        q, k, v = (
-            projection(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)  # [batch, heads, seq, head_dim]
-            for projection in (self.q_proj, self.k_proj, self.v_proj)
-        )
+    def forward(
+        self, x: Tensor, batch: Batch, layer: int, cache: KVCache, rotary: tuple[Tensor, Tensor], compute: Compute,
+        out: Tensor,
+    ) -> None:  # fmt: skip
+        """Writes the partial sums of x [num_tokens, hidden] to out, which may be x, and the cache's new entries."""
+        qkv = compute.linear(x, self.qkv_proj.weight, self.qkv_proj.bias).unflatten(-1, (-1, self.head_dim))
+        q, k, v = qkv.split((self.num_heads, self.num_kv_heads, self.num_kv_heads), dim=1)
+        cos, sin = (table[batch.positions].unsqueeze(1) for table in rotary)
         q, k = rotate(q, cos, sin), rotate(k, cos, sin)
-        mixed = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
-        return norms.project(mixed.transpose(1, 2).flatten(2), self.o_proj.weight)
+        mixed = torch.empty_like(q)
+        begin = 0
+        for query_len, kv_len, slot in zip(batch.query_lens, batch.kv_lens, batch.slots, strict=True):
+            rows = slice(begin, begin + query_len)
+            keys, values = cache.append(layer, slot, kv_len - query_len, k[rows], v[rows])
+            mixed[rows] = compute.attention(q[rows].transpose(0, 1), keys, values).transpose(0, 1)
+            begin += query_len
+        compute.linear(mixed.flatten(1), self.o_proj.weight, out=out)
 
 
 class Mlp(nn.Module):
-    """SwiGLU: down(silu(gate(x)) * up(x)). A rank's share: intermediate / world_size of its inner features."""
+    """SwiGLU: down(silu(gate(x)) * up(x)), gate and up as one matrix. A rank's share: some inner features."""
 
     def __init__(self, config: ModelConfig, world_size: int = 1):
         super().__init__()
         inner = config.intermediate // world_size
-        self.gate_proj = nn.Linear(config.hidden, inner, bias=False)
-        self.up_proj = nn.Linear(config.hidden, inner, bias=False)
+        self.gate_up_proj = nn.Linear(config.hidden, 2 * inner, bias=False)
         self.down_proj = nn.Linear(inner, config.hidden, bias=False)
 
-    def forward(self, x: Tensor, norms: Norms) -> Tensor:
-        return norms.project(F.silu(self.gate_proj(x)) * self.up_proj(x), self.down_proj.weight)
+    def forward(self, x: Tensor, compute: Compute, out: Tensor | None = None) -> Tensor:
+        """The partial sums of x [num_tokens, hidden], written to out if given, which may be x."""
+        gate, up = compute.linear(x, self.gate_up_proj.weight).chunk(2, dim=-1)
+        return compute.linear(F.silu(gate) * up, self.down_proj.weight, out=out)
+
+
+class MixtureOfExperts(nn.Module):
+    """The experts_per_token best experts of each token, weighted by the softmax over these. A rank's share: every
+    expert's inner features in part; the gate is whole, so all ranks choose alike. Sizes depend on the number of tokens
+    only and the host never waits, so that this can be captured in a CUDA graph.
+    """
+
+    def __init__(self, config: ModelConfig, world_size: int = 1):
+        super().__init__()
+        inner = config.intermediate // world_size
+        self.experts_per_token = config.experts_per_token
+        self.gate = nn.Linear(config.hidden, config.num_experts, bias=False)
+        self.gate_up_proj = nn.Parameter(torch.empty(config.num_experts, 2 * inner, config.hidden))
+        self.down_proj = nn.Parameter(torch.empty(config.num_experts, config.hidden, inner))
+
+    def forward(self, x: Tensor, compute: Compute, out: Tensor) -> Tensor:
+        """The partial sums of x [num_tokens, hidden], written to out, which may be x."""
+        precise = torch.promote_types(x.dtype, torch.float32)
+        scores = compute.linear(x, self.gate.weight).softmax(dim=-1, dtype=precise)
+        shares, chosen = scores.topk(self.experts_per_token, dim=-1)  # each [num_tokens, experts_per_token]
+        shares = shares / shares.sum(dim=-1, keepdim=True)
+        # Tokens sorted by expert, and back: each token adds up its experts in the same order, whoever is beside it.
+        order = chosen.flatten().argsort(stable=True)
+        experts = torch.arange(self.gate.out_features, device=x.device)
+        ends = (chosen.unsqueeze(-1) <= experts).sum(dim=(0, 1), dtype=torch.int32)
+        gate, up = compute.grouped_linear(x[order // self.experts_per_token], self.gate_up_proj, ends).chunk(2, dim=-1)
+        results = compute.grouped_linear(F.silu(gate) * up, self.down_proj, ends)
+        results = torch.empty_like(results).index_copy_(0, order, results).unflatten(0, (-1, self.experts_per_token))
+        return out.copy_((results.to(precise) * shares.unsqueeze(-1)).sum(dim=1))
 
 
 class DecoderLayer(nn.Module):
@@ -167,45 +185,53 @@ class DecoderLayer(nn.Module):
         self.input_layernorm = Norm(config.hidden)
         self.self_attn = Attention(config, world_size)
         self.post_attention_layernorm = Norm(config.hidden)
-        self.mlp = Mlp(config, world_size)
+        self.mlp = (MixtureOfExperts if config.num_experts else Mlp)(config, world_size)
+
+
+# -------------------------------------------------------------------------------------------------------------- decoder
+
+
+def vocabulary_range(vocab_size: int, world_size: int, rank: int) -> tuple[int, int]:
+    """(begin, end) of a rank's rows of embedding and head: equal numbers, fewer or none on the last ranks."""
+    each = -(-vocab_size // world_size)
+    return min(rank * each, vocab_size), min((rank + 1) * each, vocab_size)
 
 
 class Decoder(nn.Module):
-    """The decoder, or one rank's share of it: embedding, norms and head are whole on every rank.
-
-    Parameters never require grad: this is inference, and the in-place ops refuse tensors that do.
+    """The decoder, or one rank's share of it. Parameters never require grad: this is inference, and the in-place ops
+    refuse tensors that do.
     """
 
-    def __init__(self, config: ModelConfig, world_size: int = 1):
+    def __init__(self, config: ModelConfig, rank: int = 0, world_size: int = 1):
         super().__init__()
         config.check_world_size(world_size)
-        self.config = config
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden)
+        self.config, self.rank, self.world_size = config, rank, world_size
+        self.vocab_begin, vocab_end = vocabulary_range(config.vocab_size, world_size, rank)
+        self.embed_tokens = nn.Embedding(vocab_end - self.vocab_begin, config.hidden)
         self.layers = nn.ModuleList(DecoderLayer(config, world_size) for _ in range(config.num_layers))
         self.norm = Norm(config.hidden)
-        self.lm_head = nn.Linear(config.hidden, config.vocab_size, bias=False)
+        if not config.tie_embeddings:
+            self.lm_head = nn.Linear(config.hidden, vocab_end - self.vocab_begin, bias=False)
         self.requires_grad_(False)
 
-    def forward(self, tokens: Tensor, norms: Norms) -> Tensor:
-        """Logits [batch, seq, vocab_size] of token ids [batch, seq]."""
-        eps = self.config.norm_eps
-        residual = self.embed_tokens(tokens)
-        cos, sin = rotary_tables(
-            tokens.shape[1], self.config.head_dim, self.config.rope_theta, residual.dtype, residual.device
-        )
-        x = norms.first(residual, self.layers[0].input_layernorm.weight, eps)
-        # Each sublayer's output is added by the norm that follows it: the next layer's first, or the model's last.
-        next_norms = [layer.input_layernorm for layer in self.layers[1:]] + [self.norm]
-        for layer, next_norm in zip(self.layers, next_norms, strict=True):
-            x = layer.self_attn(x, cos, sin, norms)
-            x, residual = norms.add(x, residual, layer.post_attention_layernorm.weight, eps)
-            x = layer.mlp(x, norms)
-            x, residual = norms.add(x, residual, next_norm.weight, eps)
-        return self.lm_head(x)
+    def embed(self, tokens: Tensor, out: Tensor) -> None:
+        """The embeddings of tokens [num_tokens] that this rank holds, and zeros, written to out."""
+        num_own = self.embed_tokens.num_embeddings
+        if num_own == 0:
+            out.zero_()
+            return
+        own = tokens - self.vocab_begin
+        rows = F.embedding(own.clamp(0, num_own - 1), self.embed_tokens.weight)
+        torch.where(((own >= 0) & (own < num_own)).unsqueeze(1), rows, rows.new_zeros(()), out=out)
+
+    def logits(self, x: Tensor, compute: Compute) -> Tensor:
+        """This rank's columns of the logits of x [num_tokens, hidden]."""
+        head = self.embed_tokens if self.config.tie_embeddings else self.lm_head
+        return compute.linear(x, head.weight)
 
 
 def random_decoder(config: ModelConfig, seed: int) -> Decoder:
-    """A decoder in float32 with random weights at the scales of a fresh network before training.
+    """A whole decoder in float32 with random weights at the scales of a fresh network before training.
 
     Every matrix keeps its input's variance; those that write into the residual are smaller by sqrt(2 * num_layers), so
     that the stream does not grow with depth; the head is small, so that no byte is preferred strongly. Norm weights
@@ -217,10 +243,11 @@ def random_decoder(config: ModelConfig, seed: int) -> Decoder:
     model.to_empty(device="cpu")
     for name, parameter in model.named_parameters():
         if parameter.ndim == 1:
-            parameter.copy_(1 + 0.1 * torch.randn(parameter.shape, generator=generator))
+            mean = 0.0 if name.endswith("bias") else 1.0
+            parameter.copy_(mean + 0.1 * torch.randn(parameter.shape, generator=generator))
         else:
-            std = 1.0 if name.startswith("embed_tokens") else 1 / sqrt(parameter.shape[1])
-            if name.endswith(("o_proj.weight", "down_proj.weight")):
+            std = 1.0 if name.startswith("embed_tokens") else 1 / sqrt(parameter.shape[-1])
+            if "o_proj" in name or "down_proj" in name:
                 std /= sqrt(2 * config.num_layers)
             if name.startswith("lm_head"):
                 std /= 4

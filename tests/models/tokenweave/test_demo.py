@@ -53,18 +53,23 @@ def test_demo_from_end_to_end(tmp_path):
         return
     for words in ("2 processes, all_reduce, add_rms_norm_", "2 processes, allreduce_rmsnorm_", "sum + add + norm"):
         assert words in done.stdout
+    assert "2 processes, emulated link, weave" in done.stdout
     over_ranks = json.loads((tmp_path / "tensor_parallel.json").read_text())
     rows = over_ranks["rows"]
     assert rows["one_process"]["layer_ms"] == fused["layer_ms"]
     assert rows["one_process"]["max_error"] == fused["max_error"]
-    for mode in ("separate", "fused"):
+    for mode in demo_ranks.MODES:
         assert 0 < rows[mode]["norms_ms"] < rows[mode]["layer_ms"]
         # Each of two partial sums and their total are rounded where one process rounds once.
         assert 0 < rows[mode]["max_error"] <= 3 * fused["max_error"] + 4 * 2**-8 * result["logit_std"] * 4
         assert rows[mode]["same_next_byte"] > 0.9
     assert over_ranks["passes"] == 3
-    assert over_ranks["max_difference"] <= rows["separate"]["max_error"] + rows["fused"]["max_error"]
+    assert over_ranks["max_difference"] <= rows["reference"]["max_error"] + rows["fused"]["max_error"]
     assert over_ranks["ranks_hold_the_same_bits"] is True
+    link = over_ranks["emulated_link"]
+    assert link["link_ms"] > 0
+    saved_ms = rows["fused_link"]["layer_ms"] - rows["weave_link"]["layer_ms"]
+    assert link["hidden_share"] == pytest.approx(saved_ms / link["link_ms"])
 
 
 def options(*arguments):

@@ -1,15 +1,28 @@
-"""The decoder against an independent float64 one, and its fused mode against its reference mode."""
+"""The decoder in one process against an independent float64 one, and the fused addition and norm against eager."""
 
 import math
 
 import pytest
 import torch
-from tokenweave_models.tokenweave.demo import why_not
-from tokenweave_models.tokenweave.model import MODES, Decoder, FusedNorms, ModelConfig, ReferenceNorms, random_decoder
+from tokenweave_models.tokenweave.batch import Batch, KVCache
+from tokenweave_models.tokenweave.config import ModelConfig, RopeScaling
+from tokenweave_models.tokenweave.demo import MODES, why_not
+from tokenweave_models.tokenweave.executor import Executor
+from tokenweave_models.tokenweave.model import Decoder, random_decoder, rotary_frequencies, vocabulary_range
+from tokenweave_models.tokenweave.passes import prefill_executor, prefill_logits
+from tokenweave_models.tokenweave.reduction import EagerAddition, FusedAddition
+from tokenweave_models.tokenweave.tensor_parallel import parts_of
 
 import tokenweave_ops
 
-CONFIG = ModelConfig(hidden=96, intermediate=200, num_layers=3, num_heads=6, num_kv_heads=2)
+SIZES = {"hidden": 96, "intermediate": 200, "num_layers": 3, "num_heads": 6, "num_kv_heads": 2}
+CONFIG = ModelConfig(**SIZES)
+CONFIGS = {
+    "dense": CONFIG,
+    "biased, tied, wide heads": ModelConfig(**SIZES, qkv_bias=True, tie_embeddings=True, head_dim=24),
+    "experts": ModelConfig(**SIZES, num_experts=4, experts_per_token=2),
+    "one expert a token": ModelConfig(**SIZES, num_experts=3, experts_per_token=1),
+}
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
@@ -27,9 +40,20 @@ def some_tokens(batch: int, seq: int, device: torch.device | str = "cpu") -> tor
     return torch.randint(256, (batch, seq), generator=torch.Generator().manual_seed(1)).to(device)
 
 
+@torch.inference_mode()
+def logits_of(model: Decoder, tokens: torch.Tensor, reduction=EagerAddition) -> torch.Tensor:
+    weight = model.norm.weight
+    rows = reduction(tokens.numel(), model.config.hidden, weight.dtype, weight.device)
+    return prefill_logits(prefill_executor(model, tokens, rows), tokens)
+
+
 def plain_decoder(model: Decoder, tokens: torch.Tensor) -> torch.Tensor:
     """The same function written a second time, from the formulas: one sequence, float64, complex rotation, loops."""
-    config, w = model.config, {name: p.double() for name, p in model.named_parameters()}
+    config, parameters = model.config, dict(model.named_parameters())
+    w = {
+        part.source.removeprefix("model."): part.destination(parameters[part.parameter]).double()
+        for part in parts_of(config, 0, 1)
+    }
 
     def norm(x, weight):
         return x / (x.square().mean(-1, keepdim=True) + config.norm_eps).sqrt() * weight
@@ -41,11 +65,18 @@ def plain_decoder(model: Decoder, tokens: torch.Tensor) -> torch.Tensor:
         turned = torch.complex(head[:, :half], head[:, half:]) * torch.polar(torch.ones_like(angle), angle)
         return torch.cat((turned.real, turned.imag), dim=-1)
 
+    def mlp(x, gate, up, down):
+        inner = x @ gate.T
+        return (inner / (1 + (-inner).exp()) * (x @ up.T)) @ down.T
+
     stream = w["embed_tokens.weight"][tokens]
     for i in range(config.num_layers):
         layer = f"layers.{i}."
         x = norm(stream, w[layer + "input_layernorm.weight"])
-        q, k, v = (x @ w[f"{layer}self_attn.{part}_proj.weight"].T for part in "qkv")
+        q, k, v = (
+            x @ w[f"{layer}self_attn.{part}_proj.weight"].T + w.get(f"{layer}self_attn.{part}_proj.bias", 0)
+            for part in "qkv"
+        )
         heads = []
         for head in range(config.num_heads):
             shared = head // (config.num_heads // config.num_kv_heads)
@@ -56,15 +87,25 @@ def plain_decoder(model: Decoder, tokens: torch.Tensor) -> torch.Tensor:
             heads.append(scores.softmax(-1) @ v[:, kv_columns])
         stream = stream + torch.cat(heads, dim=-1) @ w[layer + "self_attn.o_proj.weight"].T
         x = norm(stream, w[layer + "post_attention_layernorm.weight"])
-        gate, up = (x @ w[f"{layer}mlp.{part}_proj.weight"].T for part in ("gate", "up"))
-        stream = stream + (gate / (1 + (-gate).exp()) * up) @ w[layer + "mlp.down_proj.weight"].T
-    return norm(stream, w["norm.weight"]) @ w["lm_head.weight"].T
+        if config.num_experts == 0:
+            stream = stream + mlp(x, *(w[f"{layer}mlp.{part}_proj.weight"] for part in ("gate", "up", "down")))
+            continue
+        moe, rows = f"{layer}block_sparse_moe.", []
+        for token in x:
+            scores = (w[f"{moe}gate.weight"] @ token).exp()
+            best = scores.argsort(descending=True)[: config.experts_per_token].tolist()
+            shares = scores[best] / scores[best].sum()
+            experts = ([w[f"{moe}experts.{expert}.w{i}.weight"] for i in (1, 3, 2)] for expert in best)
+            rows.append(sum(s * mlp(token, *expert) for s, expert in zip(shares, experts, strict=True)))
+        stream = stream + torch.stack(rows)
+    return norm(stream, w["norm.weight"]) @ w.get("lm_head.weight", w["embed_tokens.weight"]).T
 
 
-def test_reference_mode_is_the_published_decoder():
-    model = random_decoder(CONFIG, seed=3).double()
+@pytest.mark.parametrize("name", CONFIGS)
+def test_it_is_the_published_decoder(name):
+    model = random_decoder(CONFIGS[name], seed=3).double()
     tokens = some_tokens(2, 19)
-    logits = model(tokens, MODES["reference"])
+    logits = logits_of(model, tokens)
     for row in range(2):
         torch.testing.assert_close(logits[row], plain_decoder(model, tokens[row]), rtol=1e-10, atol=1e-10)
 
@@ -75,8 +116,8 @@ def test_fused_mode_is_as_close_to_the_truth_as_eager(device, dtype, hidden):
     config = ModelConfig(hidden=hidden, intermediate=200, num_layers=3, num_heads=3, num_kv_heads=1)
     model = random_decoder(config, seed=0).to(DTYPES[dtype]).to(device)
     tokens = some_tokens(2, 33, device)
-    logits = {name: model(tokens, norms).double() for name, norms in MODES.items()}
-    truth = model.double()(tokens, MODES["reference"])  # the rounded weights, exactly
+    logits = {name: logits_of(model, tokens, reduction).double() for name, reduction in MODES.items()}
+    truth = logits_of(model.double(), tokens)  # the rounded weights, exactly
 
     ulp = torch.finfo(DTYPES[dtype]).eps * truth.abs().max().item()
     error = {name: (values - truth).abs().max().item() for name, values in logits.items()}
@@ -91,55 +132,107 @@ def test_fused_mode_is_as_close_to_the_truth_as_eager(device, dtype, hidden):
         assert (values.argmax(-1) == truth.argmax(-1))[clear].all()
 
 
-def test_fused_mode_uses_our_ops_and_reference_does_not(monkeypatch):
+def test_fused_mode_is_one_op_a_sublayer_and_reference_has_none(monkeypatch):
     calls = []
-    for name in ("rms_norm", "add_rms_norm_"):
-        real = getattr(tokenweave_ops, name)
-        monkeypatch.setattr(
-            tokenweave_ops, name, lambda *args, _name=name, _real=real: (calls.append(_name), _real(*args))[1]
-        )
+    real = tokenweave_ops.add_rms_norm_
+    monkeypatch.setattr(tokenweave_ops, "add_rms_norm_", lambda *args: (calls.append(args[0].data_ptr()), real(*args)))
     model, tokens = random_decoder(CONFIG, seed=0), some_tokens(1, 4)
-    model(tokens, MODES["reference"])
+    logits_of(model, tokens)
     assert calls == []
-    model(tokens, MODES["fused"])
-    assert calls == ["rms_norm"] + ["add_rms_norm_"] * (2 * CONFIG.num_layers)
-
-
-@pytest.mark.parametrize("norms", [ReferenceNorms(), FusedNorms()], ids=["reference", "fused"])
-def test_norms_keep_their_promises(norms):
-    x, residual = torch.randn(2, 5, 64), torch.randn(2, 5, 64)
-    weight = torch.rand(64) + 0.5
-    total = x + residual
-    expected = total * (total.square().mean(-1, keepdim=True) + 1e-5).rsqrt() * weight
-
-    before = total.clone()
-    torch.testing.assert_close(norms.first(total, weight, 1e-5), expected)
-    assert torch.equal(total, before)
-    y, h = norms.add(x, residual, weight, 1e-5)
-    torch.testing.assert_close(y, expected)
-    torch.testing.assert_close(h, total)
+    logits_of(model, tokens, FusedAddition)
+    assert len(calls) == 2 * CONFIG.num_layers + 1
+    assert len(set(calls)) == 1  # in place, always in the same memory
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_a_position_does_not_see_what_follows(mode):
-    model, tokens = random_decoder(CONFIG, seed=0), some_tokens(1, 12)
+def test_reductions_keep_their_promise(mode):
+    reduction = MODES[mode](8, 64, torch.float32)
+    x, residual = reduction.rows(5), torch.randn(5, 64)
+    x.normal_()
+    weight = torch.rand(64) + 0.5
+    total = x + residual
+    expected = total * (total.square().mean(-1, keepdim=True) + 1e-5).rsqrt() * weight
+    reduction.reduce(x, residual, weight, 1e-5, channel=0, max_ctas=0)
+    torch.testing.assert_close(x, expected)
+    torch.testing.assert_close(residual, total)
+    assert reduction.rows(3).data_ptr() == x.data_ptr()
+    with pytest.raises(ValueError, match="rows: num_tokens must be at most 8, got 9"):
+        reduction.rows(9)
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("name", ["dense", "experts"])
+def test_a_position_does_not_see_what_follows(mode, name):
+    model, tokens = random_decoder(CONFIGS[name], seed=0), some_tokens(1, 12)
     changed = tokens.clone()
     changed[0, 8:] = (changed[0, 8:] + 1) % 256
-    logits, other = model(tokens, MODES[mode]), model(changed, MODES[mode])
+    logits, other = (logits_of(model, t, MODES[mode]) for t in (tokens, changed))
     torch.testing.assert_close(logits[:, :8], other[:, :8])
     assert not torch.allclose(logits[:, 8:], other[:, 8:])
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_chunks_and_mixed_batches_give_what_whole_prompts_give(name):
+    """Two requests: whole, then again in chunks of uneven size, beside each other and beside single tokens."""
+    config = CONFIGS[name]
+    model = random_decoder(config, seed=2).double()
+    prompts = [some_tokens(1, 13)[0], some_tokens(1, 9)[0].flip(0)]
+    expected = [logits_of(model, prompt[None])[0] for prompt in prompts]
+    cache = KVCache(config, 4, 16, dtype=torch.float64)
+    with torch.inference_mode():
+        executor = Executor(model, cache, EagerAddition(16, config.hidden, torch.float64))
+        done, found = [0, 0], [[], []]
+        for lens in ((5, 0), (1, 4), (6, 1), (1, 4)):
+            requests = [request for request in (0, 1) if lens[request]]
+            chunks = [prompts[request][done[request] : done[request] + lens[request]] for request in requests]
+            for request in requests:
+                done[request] += lens[request]
+            kv_lens, slots = [done[request] for request in requests], [3 - 2 * request for request in requests]
+            batch = Batch.of(torch.cat(chunks), [len(chunk) for chunk in chunks], kv_lens, slots)
+            logits = executor.logits(executor.forward(batch)).split(batch.query_lens)
+            for request, part in zip(requests, logits, strict=True):
+                found[request].append(part)
+    for request in (0, 1):
+        torch.testing.assert_close(torch.cat(found[request]), expected[request], rtol=1e-10, atol=1e-10)
+
+
+def test_stretched_rotary_frequencies():
+    """Kept where a wave fits the original context often, divided where it hardly fits, blended between."""
+    plain = rotary_frequencies(64, 500_000.0, None)
+    scaled = rotary_frequencies(64, 500_000.0, RopeScaling(8.0, 1.0, 4.0, 8192))
+    wavelengths = 2 * math.pi / plain
+    assert torch.equal(scaled[wavelengths < 8192 / 4], plain[wavelengths < 8192 / 4])
+    torch.testing.assert_close(scaled[wavelengths > 8192], plain[wavelengths > 8192] / 8)
+    between = (wavelengths > 8192 / 4) & (wavelengths < 8192)
+    assert between.any()
+    assert ((scaled < plain) & (scaled > plain / 8))[between].all()
+
+
+def test_ranks_share_the_vocabulary():
+    assert [vocabulary_range(10, 4, rank) for rank in range(4)] == [(0, 3), (3, 6), (6, 9), (9, 10)]
+    assert [vocabulary_range(5, 4, rank) for rank in range(4)] == [(0, 2), (2, 4), (4, 5), (5, 5)]
+
+
+def test_batches_and_caches_that_do_not_fit_are_refused():
+    tokens = some_tokens(1, 6)[0]
+    with pytest.raises(ValueError, match="query_lens sum up to the tokens, got 2, 2 and 2 entries and 5 of 6 tokens"):
+        Batch.of(tokens, [2, 3], [2, 3], [0, 1])
+    with pytest.raises(ValueError, match=r"Batch: slots must differ, got \(1, 1\)"):
+        Batch.of(tokens, [2, 4], [2, 4], [1, 1])
+    cache = KVCache(CONFIG, 2, 8, dtype=torch.float32)
+    with pytest.raises(ValueError, match="KVCache: slot must be 0 to 1, got 2"):
+        cache.check(Batch.of(tokens, [6], [6], [2]))
+    with pytest.raises(ValueError, match="KVCache: a request must fit 8 tokens, got 9"):
+        cache.check(Batch.of(tokens, [6], [9], [0]))
 
 
 def test_parameter_shapes():
     layer = {
         "input_layernorm.weight": (96,),
-        "self_attn.q_proj.weight": (96, 96),
-        "self_attn.k_proj.weight": (32, 96),
-        "self_attn.v_proj.weight": (32, 96),
+        "self_attn.qkv_proj.weight": (96 + 32 + 32, 96),
         "self_attn.o_proj.weight": (96, 96),
         "post_attention_layernorm.weight": (96,),
-        "mlp.gate_proj.weight": (200, 96),
-        "mlp.up_proj.weight": (200, 96),
+        "mlp.gate_up_proj.weight": (400, 96),
         "mlp.down_proj.weight": (96, 200),
     }
     expected = {"embed_tokens.weight": (256, 96), "norm.weight": (96,), "lm_head.weight": (256, 96)}
@@ -163,6 +256,9 @@ def test_weights_follow_from_the_seed():
         ({"num_heads": 16, "num_kv_heads": 3}, "multiple of num_kv_heads.*num_heads=16, num_kv_heads=3"),
         ({"num_layers": 0}, "num_layers must be at least 1, got 0"),
         ({"vocab_size": -1}, "vocab_size must be at least 1, got -1"),
+        ({"head_dim": 7}, "head_dim must be even.*got 7"),
+        ({"num_experts": 4}, "experts_per_token must be 1 to num_experts=4, got 0"),
+        ({"num_experts": 4, "experts_per_token": 5}, "experts_per_token must be 1 to num_experts=4, got 5"),
     ],
 )
 def test_a_shape_that_cannot_be_is_refused(arguments, message):

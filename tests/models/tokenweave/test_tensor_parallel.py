@@ -7,13 +7,21 @@ import pytest
 import torch
 import torch.distributed as dist
 from tokenweave_models.common.ranks import run_ranks
-from tokenweave_models.tokenweave.demo_ranks import RankRun, layer_times
-from tokenweave_models.tokenweave.model import MODES, ModelConfig, ReferenceNorms, random_decoder
-from tokenweave_models.tokenweave.tensor_parallel import FusedReduction, SeparateReduction, shard
+from tokenweave_models.tokenweave.config import ModelConfig
+from tokenweave_models.tokenweave.demo_ranks import MODES, RankRun, layer_times
+from tokenweave_models.tokenweave.executor import Executor
+from tokenweave_models.tokenweave.model import random_decoder
+from tokenweave_models.tokenweave.passes import prefill_executor, prefill_logits
+from tokenweave_models.tokenweave.reduction import EagerAddition, FusedAddition, FusedReduction, SeparateReduction
+from tokenweave_models.tokenweave.tensor_parallel import parts_of, shard
 
 import tokenweave_ops
 
 CONFIG = ModelConfig(hidden=96, intermediate=200, num_layers=3, num_heads=8, num_kv_heads=4)
+ODD_VOCABULARY = ModelConfig(
+    vocab_size=257, hidden=96, intermediate=200, num_layers=2, num_heads=8, num_kv_heads=4, qkv_bias=True,
+    num_experts=3, experts_per_token=2, tie_embeddings=True,
+)  # fmt: skip
 DTYPES = ("bfloat16", "float16", "float32")
 WORLD_SIZE = 2
 
@@ -22,54 +30,105 @@ def some_tokens(batch: int, seq: int) -> torch.Tensor:
     return torch.randint(256, (batch, seq), generator=torch.Generator().manual_seed(1))
 
 
-class ThreadNorms(ReferenceNorms):
+def one_process(model, tokens, reduction=EagerAddition):
+    rows = reduction(tokens.numel(), model.config.hidden, model.norm.weight.dtype)
+    return prefill_logits(prefill_executor(model, tokens, rows), tokens)
+
+
+class ThreadReduction(EagerAddition):
     """The sum over ranks that are threads of this process, in any dtype."""
 
-    def __init__(self, rank: int, world_size: int, parts: dict, barrier: threading.Barrier):
+    def __init__(self, rank: int, world_size: int, parts: dict, barrier: threading.Barrier, *sizes):
+        super().__init__(*sizes)
         self.rank, self.world_size, self.parts, self.barrier = rank, world_size, parts, barrier
 
-    def add(self, x, residual, weight, eps):
-        self.parts[self.rank] = x
+    def reduce(self, x, residual, weight, eps, **options):
+        self.parts[self.rank] = x.clone()
         self.barrier.wait()
-        total = sum(self.parts[rank] for rank in range(self.world_size))
+        x.copy_(sum(self.parts[rank] for rank in range(self.world_size)))
         self.barrier.wait()  # nobody replaces a part that another still reads
-        return super().add(total, residual, weight, eps)
+        super().reduce(x, residual, weight, eps, **options)
 
 
+class ThreadGroup:
+    def __init__(self, world_size: int):
+        self.world_size = world_size
+
+    def size(self):
+        return self.world_size
+
+
+@pytest.mark.parametrize("config", [CONFIG, ODD_VOCABULARY], ids=["dense", "experts"])
 @pytest.mark.parametrize("world_size", [1, 2, 4])
-def test_shares_add_up_to_the_decoder(world_size):
-    model, tokens = random_decoder(CONFIG, seed=3).double(), some_tokens(2, 9)
-    barrier, parts, logits = threading.Barrier(world_size, timeout=30), {}, {}
+def test_shares_add_up_to_the_decoder(config, world_size, monkeypatch):
+    model, tokens = random_decoder(config, seed=3).double(), some_tokens(2, 9)
+    barrier, parts, columns, logits = threading.Barrier(world_size, timeout=30), {}, {}, {}
+    current = threading.local()
+
+    def all_gather(gathered, own, group):
+        columns[current.rank] = own.clone()
+        barrier.wait()
+        for rank, out in enumerate(gathered):
+            out.copy_(columns[rank])
+        barrier.wait()
+
+    monkeypatch.setattr(dist, "all_gather", all_gather)
 
     def run(rank):
-        norms = ThreadNorms(rank, world_size, parts, barrier)
-        logits[rank] = shard(model, rank, world_size)(tokens, norms)
+        current.rank = rank
+        reduction = ThreadReduction(rank, world_size, parts, barrier, tokens.numel(), config.hidden, torch.float64)
+        share = shard(model, rank, world_size)
+        group = ThreadGroup(world_size) if world_size > 1 else None
+        logits[rank] = prefill_logits(prefill_executor(share, tokens, reduction, group=group), tokens)
 
     threads = [threading.Thread(target=run, args=(rank,)) for rank in range(world_size)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    expected = model(tokens, MODES["reference"])
+    expected = one_process(model, tokens)
+    assert expected.shape == (2, 9, config.vocab_size)
     for rank in range(world_size):
         torch.testing.assert_close(logits[rank], expected, rtol=1e-10, atol=1e-10)
 
 
-def test_a_share_holds_its_part_and_no_more():
-    model = random_decoder(CONFIG, seed=0)
-    shares = [shard(model, rank, 4) for rank in range(4)]
-    layers = [share.layers[1] for share in shares]
-    whole = model.layers[1]
-    for name in ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "mlp.gate_proj", "mlp.up_proj"):
-        parts = [layer.get_submodule(name).weight for layer in layers]
-        assert torch.equal(torch.cat(parts, dim=0), whole.get_submodule(name).weight)
-    for name in ("self_attn.o_proj", "mlp.down_proj"):
-        parts = [layer.get_submodule(name).weight for layer in layers]
-        assert torch.equal(torch.cat(parts, dim=1), whole.get_submodule(name).weight)
-    for parameter in layers[2].self_attn.parameters():
-        assert parameter.is_contiguous() and not parameter.requires_grad
-        assert parameter.untyped_storage().nbytes() == parameter.numel() * 4  # no share keeps the whole alive
-    assert shares[2].lm_head.weight.data_ptr() == model.lm_head.weight.data_ptr()
+@pytest.mark.parametrize("config", [CONFIG, ODD_VOCABULARY], ids=["dense", "experts"])
+@pytest.mark.parametrize("world_size", [1, 2, 4])
+def test_shares_hold_every_weight_once(config, world_size):
+    """The parts of all ranks, put together by their published names, are the published tensors; and each parameter of
+    a share is written by its parts everywhere and nowhere twice."""
+    model = random_decoder(config, seed=0)
+    whole = {
+        part.source: part.destination(dict(model.named_parameters())[part.parameter]) for part in parts_of(config, 0, 1)
+    }
+    pieces: dict[str, list] = {}
+    for rank in range(world_size):
+        share = shard(model, rank, world_size)
+        parameters = dict(share.named_parameters())
+        written = {name: torch.zeros(parameter.shape, dtype=torch.int32) for name, parameter in parameters.items()}
+        for part in parts_of(config, rank, world_size):
+            pieces.setdefault(part.source, []).append((part, part.destination(parameters[part.parameter])))
+            part.destination(written[part.parameter]).add_(1)
+        assert all((count == 1).all() for count in written.values())
+        for parameter in parameters.values():
+            assert parameter.is_contiguous() and not parameter.requires_grad
+            assert parameter.untyped_storage().nbytes() == parameter.numel() * 4  # no share keeps the whole alive
+    assert pieces.keys() == whole.keys()
+    for source, found in pieces.items():
+        part = found[0][0]
+        assert part.source_shape == tuple(whole[source].shape)
+        is_whole = part.end - part.begin == part.source_shape[part.dim]
+        tensors = [piece for _, piece in found]
+        if is_whole:
+            assert all(torch.equal(piece, whole[source]) for piece in tensors)
+        else:
+            assert torch.equal(torch.cat(tensors, dim=part.dim), whole[source])
+
+
+def test_only_a_whole_decoder_is_divided():
+    share = shard(random_decoder(CONFIG, seed=0), 0, 2)
+    with pytest.raises(ValueError, match="shard: model must be whole, got a share of 2"):
+        shard(share, 0, 2)
 
 
 @pytest.fixture(scope="module")
@@ -89,18 +148,20 @@ def test_logits_are_those_of_one_process(ranks, dtype):
     for rank in runs:
         assert isinstance(rank[dtype], RankRun), rank[dtype]
     model = random_decoder(CONFIG, seed=5).to(getattr(torch, dtype))
-    one_process = model(tokens, MODES["fused"]).double()
-    truth = model.double()(tokens, MODES["reference"])  # the rounded weights, exactly
-    logits = {mode: torch.from_numpy(runs[0][dtype].logits[mode]).double() for mode in ("separate", "fused")}
+    rounded = one_process(model, tokens, FusedAddition).double()
+    truth = one_process(model.double(), tokens)  # the rounded weights, exactly
+    logits = {mode: torch.from_numpy(runs[0][dtype].logits[mode]).double() for mode in MODES}
     error = {mode: (values - truth).abs().max().item() for mode, values in logits.items()}
-    one_process_error = (one_process - truth).abs().max().item()
+    one_process_error = (rounded - truth).abs().max().item()
 
     # A sublayer's output is rounded world_size + 1 times, each partial sum and their total, where one process rounds it
     # once; all else is rounded alike.
     ulp = torch.finfo(getattr(torch, dtype)).eps * truth.abs().max().item()
     for mode in error:
         assert error[mode] <= (WORLD_SIZE + 1) * one_process_error + 4 * ulp, mode
-    assert error["fused"] <= 2 * error["separate"] + 4 * ulp
+    for mode in ("fused", "fused_link", "weave_link"):
+        assert error[mode] <= 2 * error["reference"] + 4 * ulp, mode
+    assert torch.equal(logits["fused"], logits["fused_link"])  # a link takes time and changes nothing
     assert truth.std() > 0.1  # logits that say something
 
     # Where the best byte leads the second by more than all errors, nothing may change it.
@@ -114,7 +175,7 @@ def test_logits_are_those_of_one_process(ranks, dtype):
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_all_ranks_hold_the_same_bits(ranks, dtype):
     _, runs = ranks
-    for mode in ("separate", "fused"):
+    for mode in MODES:
         first, *others = (torch.from_numpy(rank[dtype].logits[mode]) for rank in runs)
         assert all(torch.equal(first, other) for other in others)
 
@@ -122,15 +183,18 @@ def test_all_ranks_hold_the_same_bits(ranks, dtype):
 def test_every_call_is_timed(ranks):
     _, runs = ranks
     for rank in runs:
-        for mode in ("separate", "fused"):
+        for mode in MODES:
             ((whole, calls),) = rank["float32"].pass_ms[mode]
-            assert len(calls) == 2 * CONFIG.num_layers + 1
+            halves = 2 if mode == "weave_link" else 1
+            assert len(calls) == halves * (2 * CONFIG.num_layers + 1)
             assert 0 < sum(calls) < whole
+        # The link is busy for at least as long as it says.
+        assert sum(rank["float32"].pass_ms["fused_link"][0][1]) >= rank["float32"].link_ms > 0
 
 
 def test_a_layer_counts_with_its_slowest_rank_and_a_call_with_its_shortest_time():
-    first = RankRun({"fused": [(10.0, [1.0, 4.0]), (20.0, [1.0, 1.0]), (30.0, [9.0, 9.0])]}, {})
-    second = RankRun({"fused": [(11.0, [2.0, 3.0]), (19.0, [1.0, 1.0]), (33.0, [9.0, 9.0])]}, {})
+    first = RankRun({"fused": [(10.0, [1.0, 4.0]), (20.0, [1.0, 1.0]), (30.0, [9.0, 9.0])]}, {}, "", 0.0)
+    second = RankRun({"fused": [(11.0, [2.0, 3.0]), (19.0, [1.0, 1.0]), (33.0, [9.0, 9.0])]}, {}, "", 0.0)
     config = ModelConfig(num_layers=2)
     assert layer_times([first, second], "fused", config) == (20.0 / 2, 4.0 / 2)
 
@@ -152,25 +216,33 @@ def test_fused_is_one_op_on_the_workspace_and_separate_is_two(group_of_one, monk
             module, name, lambda x, *rest, **named: (calls.append((name, x.data_ptr())), real(x, *rest, **named))[1]
         )
 
-    for name in ("rms_norm", "add_rms_norm_", "allreduce_rmsnorm_"):
+    model, tokens = random_decoder(CONFIG, seed=0), some_tokens(2, 4)
+    expected = one_process(model, tokens, FusedAddition)
+    for name in ("add_rms_norm_", "allreduce_rmsnorm_"):
         spy(tokenweave_ops, name)
     spy(dist, "all_reduce")
-    model, tokens = random_decoder(CONFIG, seed=0), some_tokens(2, 4)
-    expected = model(tokens, MODES["fused"])
-    sublayers = 2 * CONFIG.num_layers
+    reductions = 2 * CONFIG.num_layers + 1
 
-    calls.clear()
-    separate = SeparateReduction(group_of_one, tokens.numel(), CONFIG.hidden, torch.float32)
-    torch.testing.assert_close(model(tokens, separate), expected)
-    here = separate.buffer.data_ptr()
-    assert calls[1:] == [("all_reduce", here), ("add_rms_norm_", here)] * sublayers
+    separate = SeparateReduction(group_of_one, tokens.numel(), CONFIG.hidden, torch.float32, all_reduce=dist.all_reduce)
+    torch.testing.assert_close(prefill_logits(prefill_executor(model, tokens, separate), tokens), expected)
+    here = separate.rows(1).data_ptr()
+    assert calls == [("all_reduce", here), ("add_rms_norm_", here)] * reductions
 
     calls.clear()
     with tokenweave_ops.Workspace(
         group_of_one, tokens.numel(), CONFIG.hidden, torch.float32, device="cpu"
     ) as workspace:
-        torch.testing.assert_close(model(tokens, FusedReduction(workspace)), expected)
-        assert calls[1:] == [("allreduce_rmsnorm_", workspace.empty(1).data_ptr())] * sublayers
+        executor = prefill_executor(model, tokens, FusedReduction(workspace))
+        torch.testing.assert_close(prefill_logits(executor, tokens), expected)
+        assert calls == [("allreduce_rmsnorm_", workspace.empty(1).data_ptr())] * reductions
+
+
+def test_an_executor_needs_the_ranks_of_its_model(group_of_one):
+    share = shard(random_decoder(CONFIG, seed=0), 0, 2)
+    rows = FusedAddition(8, CONFIG.hidden, torch.float32)
+    for group, words in ((None, "got None for 2"), (group_of_one, "got 1 for 2")):
+        with pytest.raises(ValueError, match=f"Executor: group must have the ranks of the model, {words}"):
+            Executor(share, None, rows, group=group)
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,7 @@ import sys
 from collections.abc import Sequence
 
 from tokenweave_models.common.errors import UserError
-from tokenweave_models.tokenweave import demo
+from tokenweave_models.tokenweave import calibrate, demo, simulate
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -13,16 +13,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     commands = parser.add_subparsers(dest="command", required=True, metavar="command")
     info_parser = commands.add_parser("info", help="what was built, for what, and what is visible now")
     info_parser.add_argument("--json", action="store_true", help="print it as JSON")
-    demo.add_arguments(
-        commands.add_parser("demo", help="a small decoder on real text, eager against fused, then the bench")
-    )
+    programs = {
+        "demo": (demo, "a small decoder on real text, eager against fused and woven, then the bench"),
+        "simulate": (simulate, "replay TokenWeave's schedule for a model on GPUs that need not be here"),
+        "calibrate": (calibrate, "measure this device for the planner of token splits"),
+    }
+    for name, (program, words) in programs.items():
+        program.add_arguments(commands.add_parser(name, help=words))
     arguments = parser.parse_args(argv)
     if arguments.command == "info":
         from tokenweave_ops import info
 
         return info.main(["--json"] if arguments.json else [])
     try:
-        demo.run(arguments)
+        programs[arguments.command][0].run(arguments)
     except UserError as error:
         print(f"tokenweave: {error}", file=sys.stderr)
         return 1

@@ -71,6 +71,14 @@ for family in $(grep -l '^def cases(' bench/*.py); do
   step "bench $name" "$python" bench/run.py --device cuda --family "$name" --json "$results/$device/$name.json"
 done
 
+# Token splitting on one GPU: planned with the wave model, then with what this GPU was measured to do. In a folder of its
+# own, since bench/report.py renders what lies beside the families' files.
+split=$results/$device/token_split
+step "bench split tax" "$python" bench/split_tax.py --device cuda --json "$split/split_tax.json"
+step calibrate "$python" -m tokenweave_models.cli calibrate --device cuda --output "$split/profile.json"
+step "split tax, calibrated" "$python" bench/split_tax.py --device cuda --part tax --profile "$split/profile.json" \
+  --json "$split/split_tax_calibrated.json"
+
 echo
 echo "$gpu"
 printf '%s' "$table"

@@ -5,7 +5,9 @@ import sys
 from collections.abc import Sequence
 
 from tokenweave_models.common.errors import UserError
-from tokenweave_models.tokenweave import calibrate, demo, simulate
+from tokenweave_models.tokenweave import demo
+from tokenweave_models.tokenweave.calibration import calibrate
+from tokenweave_models.tokenweave.simulator import simulate
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -10,12 +10,11 @@ import numpy as np
 import pytest
 import torch
 from tokenweave_models.common.errors import UserError
-from tokenweave_models.tokenweave import calibrate, measure, profiles
-from tokenweave_models.tokenweave.measure import Measurement
-from tokenweave_models.tokenweave.model_shapes import MODEL_SHAPES
+from tokenweave_models.tokenweave.calibration import calibrate, measure, profiles
+from tokenweave_models.tokenweave.calibration.measure import Measurement
+from tokenweave_models.tokenweave.simulator.model_shapes import MODEL_SHAPES
 
-from tokenweave_ops import EmulatedLink, HardwareProfile, _library
-from tokenweave_ops.token_split import H100, gemm_us
+from tokenweave_ops import H100, EmulatedLink, HardwareProfile, _library, gemm_us
 
 CPU = torch.device("cpu")
 needs_kernels = pytest.mark.skipif(_library.load_library("cpu") != "loaded", reason="needs the CPU kernels")

@@ -9,11 +9,11 @@ from statistics import mean
 
 import pytest
 from tokenweave_models.common.errors import UserError
-from tokenweave_models.tokenweave import published, simulate, simulate_fit
-from tokenweave_models.tokenweave.model_shapes import MODEL_SHAPES
-from tokenweave_models.tokenweave.simulate_replay import COLLECTIVE, COMPUTE, Task, replay, weave_tasks
+from tokenweave_models.tokenweave.simulator import fitting, published, simulate
+from tokenweave_models.tokenweave.simulator.model_shapes import MODEL_SHAPES
+from tokenweave_models.tokenweave.simulator.replay import COLLECTIVE, COMPUTE, Task, replay, weave_tasks
 
-from tokenweave_ops.token_split import H100, plan_token_split, weave_pass
+from tokenweave_ops import H100, plan_token_split, weave_pass
 
 LLAMA = MODEL_SHAPES["llama-3.3-70b"]
 
@@ -87,19 +87,19 @@ def test_tasks_in_a_circle_end():
 def refitted():
     # From other values than the stored ones, so that standing still is not a fit.
     start = replace(H100, gemm_tflops=500.0, pass_us=3000.0, norm_gb_s=2000.0, hbm_gb_s=2000.0, moe_gemm_efficiency=1.0)
-    return simulate_fit.fit(start)
+    return fitting.fit(start)
 
 
 def test_the_stored_constants_are_what_the_fit_gives(refitted):
-    for name in simulate_fit.FITTED:
+    for name in fitting.FITTED:
         assert getattr(H100, name) == pytest.approx(getattr(refitted, name), rel=2e-3), name
         assert H100.sources[name].startswith("fit: ")
-    for name in simulate_fit.FITTED_LINK:
+    for name in fitting.FITTED_LINK:
         assert getattr(H100.link, name) == pytest.approx(getattr(refitted.link, name), rel=2e-3), name
         assert H100.sources[name].startswith("fit: ")
     assert {name for name, source in H100.sources.items() if source.startswith("fit: ")} == {
-        *simulate_fit.FITTED,
-        *simulate_fit.FITTED_LINK,
+        *fitting.FITTED,
+        *fitting.FITTED_LINK,
     }
 
 
@@ -114,20 +114,20 @@ def test_only_the_fit_rows_move_the_constants(refitted, monkeypatch):
         ms if tokens <= 8192 else 2 * ms for tokens, ms in fitted_to.items()
     )
     monkeypatch.setattr(published, "LATENCY_MS", changed)
-    again = simulate_fit.fit(H100)
+    again = fitting.fit(H100)
     mixtrals_own = {"moe_gemm_efficiency", "moe_launch_us"}
-    for name in set(simulate_fit.FITTED) - mixtrals_own:
+    for name in set(fitting.FITTED) - mixtrals_own:
         assert getattr(again, name) == pytest.approx(getattr(refitted, name), rel=1e-3), name
     for name in mixtrals_own:
         assert getattr(again, name) != pytest.approx(getattr(refitted, name), rel=1e-2), name
-    rows = [row for model in published.LATENCY_MS for row in simulate_fit.latency_rows(H100, model)]
+    rows = [row for model in published.LATENCY_MS for row in fitting.latency_rows(H100, model)]
     assert [(r.model, r.mode, r.num_tokens) for r in rows if r.is_fit] == [
         ("llama-3.3-70b", "no_communication", tokens) for tokens in (1024, 2048, 4096, 8192)
     ]
 
 
 def test_held_out_latencies():
-    rows = [row for model in simulate_fit.DENSE_MODELS for row in simulate_fit.latency_rows(H100, model)]
+    rows = [row for model in fitting.DENSE_MODELS for row in fitting.latency_rows(H100, model)]
     held_out = [abs(row.error) for row in rows if not row.is_fit]
     assert len(held_out) == 38
     assert mean(held_out) <= 0.03
@@ -135,19 +135,19 @@ def test_held_out_latencies():
 
 
 def test_held_out_speedups():
-    rows = [row for model in simulate_fit.DENSE_MODELS for row in simulate_fit.speedup_rows(H100, model)]
+    rows = [row for model in fitting.DENSE_MODELS for row in fitting.speedup_rows(H100, model)]
     on_8 = [row for row in rows if row.world_size == 8]
     assert len(on_8) == 14 and len(rows) == 28
     assert max(abs(row.error) for row in on_8) <= 0.04
     for chosen in (on_8, rows):
-        null = mean(abs(error) for error in simulate_fit.null_model_errors(chosen))
+        null = mean(abs(error) for error in fitting.null_model_errors(chosen))
         assert mean(abs(row.error) for row in chosen) < null
     # On 4 GPUs four of fourteen rows miss 0.04; docs/planner.md says which.
     assert sum(abs(row.error) > 0.04 for row in rows) <= 4
 
 
 def test_link_model_against_kernel_times():
-    errors = [abs(predicted / true - 1) for _, _, predicted, true in simulate_fit.link_rows(H100)]
+    errors = [abs(predicted / true - 1) for _, _, predicted, true in fitting.link_rows(H100)]
     assert len(errors) == 29
     assert mean(errors) <= 0.02 and max(errors) <= 0.07
 
@@ -157,7 +157,7 @@ def test_least_squares_finds_known_constants():
         a, b = values
         return [(a + b * x, 3.0 + 0.5 * x) for x in (1.0, 2.0, 5.0, 9.0)]
 
-    assert simulate_fit.least_squares(rows_of, [10.0, 10.0]) == pytest.approx([3.0, 0.5], rel=1e-5)
+    assert fitting.least_squares(rows_of, [10.0, 10.0]) == pytest.approx([3.0, 0.5], rel=1e-5)
 
 
 # ---------------------------------------------------------------------------------------------------------- the command
@@ -200,12 +200,12 @@ def test_check_prints_what_the_documents_state(tmp_path, capsys):
     assert len(sums) == 4
     for line in sums:
         assert line in document
-    for model in simulate_fit.DENSE_MODELS:
-        for row in simulate_fit.latency_rows(H100, model):
+    for model in fitting.DENSE_MODELS:
+        for row in fitting.latency_rows(H100, model):
             assert f"{100 * row.error:+.1f} %" in document, row
-        for row in simulate_fit.speedup_rows(H100, model):
+        for row in fitting.speedup_rows(H100, model):
             assert f"{row.predicted:.3f} / " in document, row
-    for row in simulate_fit.split_tax_rows(H100):
+    for row in fitting.split_tax_rows(H100):
         assert f"| {row.tax:.3f} " in document, row
 
 

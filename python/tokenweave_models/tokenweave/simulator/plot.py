@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from tokenweave_models.common.errors import UserError
-from tokenweave_models.tokenweave.simulate_replay import COLLECTIVE, COMPUTE, Span
+from tokenweave_models.tokenweave.simulator.replay import COLLECTIVE, COMPUTE, Span
 
 MODE_LABELS = {
     "reference": "all-reduce, then add and norm",

@@ -14,11 +14,11 @@ from statistics import mean
 
 from tokenweave_models.common.console import console, print_table
 from tokenweave_models.common.errors import UserError
-from tokenweave_models.tokenweave import published, simulate_fit
-from tokenweave_models.tokenweave.model_shapes import MODEL_SHAPES
-from tokenweave_models.tokenweave.simulate_plot import draw
-from tokenweave_models.tokenweave.simulate_replay import Span, replay, weave_tasks
-from tokenweave_ops.token_split import H100, HardwareProfile, SplitPlan, load_overrides, plan_token_split, weave_pass
+from tokenweave_models.tokenweave.simulator import fitting, published
+from tokenweave_models.tokenweave.simulator.model_shapes import MODEL_SHAPES
+from tokenweave_models.tokenweave.simulator.plot import draw
+from tokenweave_models.tokenweave.simulator.replay import Span, replay, weave_tasks
+from tokenweave_ops import H100, HardwareProfile, SplitPlan, load_overrides, plan_token_split, weave_pass
 
 MODES = ("reference", "fused", "weave", "no_communication")
 BUILT_IN = {"h100": H100}
@@ -136,7 +136,7 @@ def published_ms(model: str, gpus: int, context: int) -> dict[int, dict[str, flo
 
 def print_against_published(model: str, profile: HardwareProfile, tokens: list[int]) -> None:
     """As the authors ran it, in eager mode with their own splits; rows that constants were fitted to stand apart."""
-    rows = [row for row in simulate_fit.latency_rows(profile, model) if row.num_tokens in tokens]
+    rows = [row for row in fitting.latency_rows(profile, model) if row.num_tokens in tokens]
     for is_fit, words in ((True, "rows that two constants were fitted to"), (False, "held-out rows")):
         chosen = [row for row in rows if row.is_fit == is_fit]
         if not chosen:
@@ -150,7 +150,7 @@ def print_against_published(model: str, profile: HardwareProfile, tokens: list[i
             ],
         )
         console().print(f"Mean |error| {mean(abs(row.error) for row in chosen):.1%}\n")
-    speedups = [r for r in simulate_fit.speedup_rows(profile, model) if r.num_tokens in tokens]
+    speedups = [r for r in fitting.speedup_rows(profile, model) if r.num_tokens in tokens]
     print_table(
         f"Simulation against publication: speed-up of weave over reference, {model} (held out)",
         ("tokens", "GPUs", "simulated", "published", "error"),
@@ -163,22 +163,20 @@ def print_against_published(model: str, profile: HardwareProfile, tokens: list[i
 
 def print_check(profile: HardwareProfile) -> None:
     """Everything that docs/planner.md says of the constants and the errors."""
-    refitted = simulate_fit.fit(profile)
-    constants = [(name, getattr(profile, name), getattr(refitted, name)) for name in simulate_fit.FITTED]
-    constants += [
-        (name, getattr(profile.link, name), getattr(refitted.link, name)) for name in simulate_fit.FITTED_LINK
-    ]
+    refitted = fitting.fit(profile)
+    constants = [(name, getattr(profile, name), getattr(refitted, name)) for name in fitting.FITTED]
+    constants += [(name, getattr(profile.link, name), getattr(refitted.link, name)) for name in fitting.FITTED_LINK]
     print_table(
         "Constants of the profile, and what the fit gives now",
         ("constant", "profile", "fit"),
         [(name, f"{stored:.4g}", f"{found:.4g}") for name, stored, found in constants],
     )
-    link = simulate_fit.link_rows(profile)
+    link = fitting.link_rows(profile)
     errors = [abs(row[2] / row[3] - 1) for row in link]
     console().print(
         f"\nLink model, {len(link)} kernel times: mean |error| {mean(errors):.1%}, largest {max(errors):.1%}"
     )
-    tax = simulate_fit.split_tax_rows(profile)
+    tax = fitting.split_tax_rows(profile)
     print_table(
         "Wave model alone: two GEMMs of equal halves over those of the whole (held out)",
         ("tokens", "unsplit us", "published", "halves / unsplit", "published"),
@@ -197,15 +195,15 @@ def print_check(profile: HardwareProfile) -> None:
     for model in published.LATENCY_MS:
         print_against_published(model, profile, list(published.TOKENS))
         console().print()
-    latencies = [r for m in simulate_fit.DENSE_MODELS for r in simulate_fit.latency_rows(profile, m) if not r.is_fit]
-    speedups = [r for m in simulate_fit.DENSE_MODELS for r in simulate_fit.speedup_rows(profile, m)]
+    latencies = [r for m in fitting.DENSE_MODELS for r in fitting.latency_rows(profile, m) if not r.is_fit]
+    speedups = [r for m in fitting.DENSE_MODELS for r in fitting.speedup_rows(profile, m)]
     console().print(
         f"Held-out latencies of Llama and Qwen, {len(latencies)} rows: mean |error| "
         f"{mean(abs(r.error) for r in latencies):.1%}, largest {max(abs(r.error) for r in latencies):.1%}"
     )
     for name, sizes in (("8 GPUs", (8,)), ("4 GPUs", (4,)), ("all", (8, 4))):
         chosen = [r for r in speedups if r.world_size in sizes]
-        ours, null = [abs(r.error) for r in chosen], [abs(e) for e in simulate_fit.null_model_errors(chosen)]
+        ours, null = [abs(r.error) for r in chosen], [abs(e) for e in fitting.null_model_errors(chosen)]
         console().print(
             f"Speed-ups, {name}, {len(chosen)} rows: mean |error| {mean(ours):.3f}, largest {max(ours):.3f}, "
             f"{sum(e > 0.04 for e in ours)} over 0.04; the best constant speed-up: {mean(null):.3f}, {max(null):.3f}, "

@@ -10,8 +10,7 @@ from pathlib import Path
 import torch
 
 from tokenweave_models.common.errors import UserError
-from tokenweave_ops import EmulatedLink, HardwareProfile
-from tokenweave_ops.token_split import H100, cpu_profile
+from tokenweave_ops import H100, EmulatedLink, HardwareProfile, cpu_profile
 
 LINK_FIELDS = ("link_gb_s", "latency_us", "cta_gb_s", "stream_gb_s")
 

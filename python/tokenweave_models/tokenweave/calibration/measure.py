@@ -19,8 +19,7 @@ import torch.nn.functional as F
 
 import tokenweave_ops
 from tokenweave_models.common.stopwatch import Stopwatch
-from tokenweave_ops import EmulatedLink, HardwareProfile, LinkModel, ModelShape, Workspace
-from tokenweave_ops.token_split import gemm_us
+from tokenweave_ops import EmulatedLink, HardwareProfile, LinkModel, ModelShape, Workspace, gemm_us
 
 MIN_BATCHES = 5
 MAX_FACTOR = 1e4  # of a fitted value over its first guess

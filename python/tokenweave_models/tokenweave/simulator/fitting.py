@@ -12,9 +12,9 @@ from statistics import mean
 
 import numpy as np
 
-from tokenweave_models.tokenweave import published
-from tokenweave_models.tokenweave.model_shapes import MODEL_SHAPES
-from tokenweave_ops.token_split import HardwareProfile, SplitOverride, gemm_us, plan_token_split
+from tokenweave_models.tokenweave.simulator import published
+from tokenweave_models.tokenweave.simulator.model_shapes import MODEL_SHAPES
+from tokenweave_ops import HardwareProfile, SplitOverride, gemm_us, plan_token_split
 
 FIT_MODEL, FIT_MAX_TOKENS = "llama-3.3-70b", 8192
 DENSE_MODELS = ("llama-3.3-70b", "qwen2.5-72b")

@@ -1,6 +1,6 @@
 """Sizes of the models that TokenWeave's authors measured, and of a few others, by name."""
 
-from tokenweave_ops.token_split import ModelShape
+from tokenweave_ops import ModelShape
 
 MODEL_SHAPES = {
     "llama-3.3-70b": ModelShape(

@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from tokenweave_ops.token_split import WeavePass
+from tokenweave_ops import WeavePass
 
 COMPUTE, COLLECTIVE = "compute", "collective"
 

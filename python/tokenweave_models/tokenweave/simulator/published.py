@@ -4,7 +4,7 @@ Numbers from the csv files and figures of https://github.com/microsoft/tokenweav
 None of them was measured by this project.
 """
 
-from tokenweave_ops.token_split import SplitOverride
+from tokenweave_ops import SplitOverride
 
 TOKENS = (1024, 2048, 4096, 8192, 16384, 32768, 65536)
 

@@ -1,0 +1,1 @@
+"""What the planner has to know of a device, measured on it."""

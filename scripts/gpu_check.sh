@@ -49,6 +49,8 @@ step info "$python" -m tokenweave_ops.info
 step "tests on cuda" "$python" -m pytest --backend cuda -q tests/*/test_*numerics.py tests/*/test_*contract.py \
   tests/*/test_*compile.py tests/*/test_*errors.py tests/*/test_laws.py
 
+step "models on cuda" "$python" -m pytest -q tests/models/tokenweave/test_streams.py tests/models/tokenweave/test_model.py
+
 # Every family's contract tests (its odd sizes, strides and alignments) under each tool. Without torch's caching
 # allocator every tensor has bounds of its own (graph capture needs that allocator). initcheck must see every kernel, as each may be what initialised a word.
 sanitizer=$(command -v compute-sanitizer || echo "${CUDA_HOME:-/usr/local/cuda}/bin/compute-sanitizer")
@@ -78,6 +80,21 @@ step "bench split tax" "$python" bench/split_tax.py --device cuda --json "$split
 step calibrate "$python" -m tokenweave_models.cli calibrate --device cuda --output "$split/profile.json"
 step "split tax, calibrated" "$python" bench/split_tax.py --device cuda --part tax --profile "$split/profile.json" \
   --json "$split/split_tax_calibrated.json"
+
+# A prefill of eight layers of Llama-3.3-70B: over all GPUs of this machine, or on one with one rank's MLP of eight, where
+# there is nothing to sum and half and half shows what splitting alone costs.
+gpus=$("$python" -c 'import torch; print(torch.cuda.device_count())')
+shape=(--random --hidden 8192 --layers 8 --tokens 1024 2048 4096 8192)
+if [ "$gpus" -gt 1 ]; then
+  shape+=(--intermediate 28672 --heads 64 --kv-heads 8)
+else
+  shape+=(--intermediate 3584 --heads 64 --kv-heads 8 --split half)
+fi
+for launch in eager graph; do
+  step "prefill, $launch" "$python" -m torch.distributed.run --standalone --nproc-per-node="$gpus" \
+    -m tokenweave_models.tokenweave prefill-bench "${shape[@]}" --launch "$launch" \
+    --json "$split/prefill_$launch.json" --png "$split/prefill_$launch.png"
+done
 
 echo
 echo "$gpu"

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -16,9 +17,11 @@ from tokenweave_models.common.tokenizer import ByteTokenizer
 from tokenweave_models.tokenweave.batch import Batch, KVCache
 from tokenweave_models.tokenweave.config import ModelConfig
 from tokenweave_models.tokenweave.executor import Executor
+from tokenweave_models.tokenweave.model import random_decoder
 from tokenweave_models.tokenweave.reduction import EagerAddition
 from tokenweave_models.tokenweave.runner import main as runner
-from tokenweave_models.tokenweave.runner import prefill_bench, serve_bench
+from tokenweave_models.tokenweave.runner import prefill_bench, serve_bench, session
+from tokenweave_models.tokenweave.runner.planning import Planner, shape_of
 from tokenweave_models.tokenweave.runner.random_weights import random_share
 from tokenweave_models.tokenweave.runner.sampling import SamplingParams, distribution, uniform
 from tokenweave_models.tokenweave.runner.session import NO_LINK
@@ -381,6 +384,10 @@ def test_one_process_needs_no_torchrun(work, tmp_path, capsys, over_ranks):
         (["prefill-bench", "TINY", "--hidden", "60"], "ModelConfig: hidden must be a multiple of 2 * num_heads"),
         (["prefill-bench", "TINY", "--link-gb-s", "1"], "--link-gb-s: only CPU ranks, two or more, can have an"),
         (["prefill-bench", "TINY", "--link-us", "1"], "--link-us needs --link-gb-s: both describe the emulated link"),
+        (
+            ["prefill-bench", "TINY", "--device", "cpu", "--launch", "graph"],
+            "--launch graph: only GPUs have CUDA graphs",
+        ),
         (["prefill-bench", "TINY", "--tokens", "8", "8"], "--tokens: each number once, got 8 8"),
         (["prefill-bench", "TINY", "--profile", "/nowhere"], "/nowhere: cannot be read: No such file or directory"),
         (["serve-bench", "TINY", "--chunk", "4", "--slots", "5"], "--chunk must be at least --slots=5, so that all"),
@@ -451,3 +458,28 @@ def test_hidden_shares():
     assert shares({"fused": [20.0], NO_LINK: [12.0]}, 8.0) == (None, None)
     # A disturbance that lasts for a whole turn disturbs no share.
     assert shares({"fused": [20, 90, 20], "weave": [14, 84, 14], NO_LINK: [12, 82, 80]}, 8.0) == (0.75, 0.75)
+
+
+def test_a_graph_is_captured_once_and_replayed_for_every_pass(monkeypatch):
+    """On any machine: with a capture that replays by running the pass."""
+    captures, replays = [], []
+
+    class FakeCapture:
+        def __init__(self, executor, batch, plan):
+            captures.append(plan)
+            self.replay = lambda: (replays.append(batch), executor.forward(batch, plan))[1]
+
+    monkeypatch.setattr(session, "CapturedPass", FakeCapture)
+    config = ModelConfig(hidden=32, intermediate=48, num_layers=1, num_heads=4, num_kv_heads=2)
+    ranks = SimpleNamespace(group=None, world_size=1)
+    planner = Planner(shape_of(config, 4), 1, H100, launch="graph")
+    with session.Session(
+        ranks, random_decoder(config, 0), planner, ("fused", "weave"), max_tokens=8, num_slots=1, max_len=8
+    ) as one:
+        batch = prefill_bench.prompt_of(8, 256, 0, torch.device("cpu"))
+        for mode in ("fused", "weave"):
+            call = one.prefill_call(mode, batch, "graph")
+            assert torch.equal(call(), one.prefill(mode, batch))
+            assert torch.equal(call(), one.prefill_call(mode, batch, "eager")())
+    assert (captures[0], captures[1].launch) == (None, "graph")
+    assert len(captures) == 2 and len(replays) == 4

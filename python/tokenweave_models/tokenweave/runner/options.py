@@ -182,6 +182,7 @@ def make_session(
     max_tokens: int,
     num_slots: int,
     max_len: int,
+    launch: str = "eager",
 ) -> Session:
     """Everything that can be refused is refused before weights are loaded."""
     check_len(config, max_len)
@@ -191,7 +192,7 @@ def make_session(
         config.check_world_size(ranks.world_size)
         shape = shape_of(config, dtype.itemsize)
     hardware = ranks.attempt(lambda: profile_of(ranks.device, arguments.profile, link))
-    planner = Planner(shape, ranks.world_size, hardware, arguments.split)
+    planner = Planner(shape, ranks.world_size, hardware, arguments.split, launch)
     model = load_model(arguments, config, ranks, reporter)
     return ranks.attempt(
         lambda: Session(

@@ -31,10 +31,18 @@ class Planner:
     Args:
         split: "auto" asks the planner; "none" never splits, "half" always does, a number does so at that token of every
             batch that has more.
+        launch: "eager" or "graph", how passes will be launched: what the host costs.
     """
 
-    def __init__(self, shape: ModelShape, world_size: int, hardware: HardwareProfile, split: str | int = "auto"):
-        self.shape, self.world_size, self.hardware, self.split = shape, world_size, hardware, split
+    def __init__(
+        self,
+        shape: ModelShape,
+        world_size: int,
+        hardware: HardwareProfile,
+        split: str | int = "auto",
+        launch: str = "eager",
+    ):
+        self.shape, self.world_size, self.hardware, self.split, self.launch = shape, world_size, hardware, split, launch
         self._planned = lru_cache(maxsize=4096)(self._ask)
 
     def plan(self, batch: Batch) -> SplitPlan:
@@ -45,14 +53,14 @@ class Planner:
         link = self.hardware.link
         if not 0 < split < num_tokens:
             kind = "none" if self.world_size == 1 else "fuse"
-            return SplitPlan(num_tokens, kind, 0, 0, 0, link.exposed(num_tokens), "eager", {})
+            return SplitPlan(num_tokens, kind, 0, 0, 0, link.exposed(num_tokens), self.launch, {})
         ctas = max(link.cta_choices)
-        return SplitPlan(num_tokens, "split", split, ctas, ctas, link.exposed(num_tokens), "eager", {})
+        return SplitPlan(num_tokens, "split", split, ctas, ctas, link.exposed(num_tokens), self.launch, {})
 
     def _ask(self, requests: tuple[tuple[int, int], ...]) -> SplitPlan:
         num_tokens = sum(query_len for query_len, _ in requests)
         return plan_token_split(
-            num_tokens, 0, self.shape, self.world_size, self.hardware, requests=requests, launch="eager"
+            num_tokens, 0, self.shape, self.world_size, self.hardware, requests=requests, launch=self.launch
         )
 
 

@@ -26,6 +26,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     options.add_bench_arguments(parser)
     parser.add_argument("--tokens", type=options.positive, nargs="+", default=[256, 512, 1024], help="of the prompt")
     parser.add_argument("--passes", type=options.positive, default=10, help="timed passes of each mode")
+    parser.add_argument(
+        "--launch",
+        choices=("eager", "graph"),
+        default="eager",
+        help="kernel by kernel, or as one CUDA graph (GPUs only)",
+    )
     parser.add_argument("--warm-up", type=options.positive, default=2, help="passes of each mode before")
 
 
@@ -36,12 +42,15 @@ def prompt_of(num_tokens: int, vocab_size: int, seed: int, device: torch.device)
 
 
 @torch.inference_mode()
-def time_modes(session: Session, batch: Batch, warm_up: int, passes: int, on_pass) -> dict[str, list[float]]:
+def time_modes(
+    session: Session, batch: Batch, warm_up: int, passes: int, on_pass, launch: str = "eager"
+) -> dict[str, list[float]]:
     """Milliseconds of each pass by mode, the slowest rank's."""
     modes = list(session.executors)
+    prefill = {mode: session.prefill_call(mode, batch, launch) for mode in modes}
     for _ in range(warm_up):
         for mode in modes:
-            session.prefill(mode, batch)
+            prefill[mode]()
             on_pass()
     seconds: dict[str, list[float]] = {mode: [] for mode in modes}
     for done in range(passes):
@@ -49,7 +58,7 @@ def time_modes(session: Session, batch: Batch, warm_up: int, passes: int, on_pas
             session.synchronize()
             session.ranks.barrier()
             begin_s = perf_counter()
-            session.prefill(mode, batch)
+            prefill[mode]()
             session.synchronize()
             seconds[mode].append(perf_counter() - begin_s)
             on_pass()
@@ -83,10 +92,20 @@ def run(arguments: argparse.Namespace, ranks: Ranks, reporter: Reporter) -> None
     config = ranks.attempt(lambda: options.config_of(arguments))
     if len(set(arguments.tokens)) != len(arguments.tokens):
         raise UserError(f"--tokens: each number once, got {' '.join(map(str, arguments.tokens))}")
+    if arguments.launch == "graph" and ranks.device.type != "cuda":
+        raise UserError("--launch graph: only GPUs have CUDA graphs")
     modes = [*arguments.modes, *([NO_LINK] if arguments.link_gb_s is not None else ())]
     longest = max(arguments.tokens)
     with options.make_session(
-        arguments, ranks, reporter, config, modes, max_tokens=longest, num_slots=1, max_len=longest
+        arguments,
+        ranks,
+        reporter,
+        config,
+        modes,
+        max_tokens=longest,
+        num_slots=1,
+        max_len=longest,
+        launch=arguments.launch,
     ) as session:
         rows = []
         with reporter.progress() as bar:
@@ -94,10 +113,14 @@ def run(arguments: argparse.Namespace, ranks: Ranks, reporter: Reporter) -> None
             task = bar.add_task("passes, modes in turn", total=each * len(arguments.tokens))
             for num_tokens in arguments.tokens:
                 batch = prompt_of(num_tokens, config.vocab_size, arguments.seed, ranks.device)
-                pass_ms = time_modes(session, batch, arguments.warm_up, arguments.passes, lambda: bar.advance(task))
+                pass_ms = time_modes(
+                    session, batch, arguments.warm_up, arguments.passes, lambda: bar.advance(task), arguments.launch
+                )
                 rows.append(row_of(session, batch, pass_ms))
         setting = options.setting_of(arguments, ranks, config, session)
-        report = options.facts_of(arguments, ranks, config, session) | {"passes": arguments.passes, "rows": rows}
+        report = options.facts_of(arguments, ranks, config, session) | {
+            "launch": arguments.launch, "passes": arguments.passes, "rows": rows
+        }  # fmt: skip
     print_rows(reporter, setting, report)
     reporter.write_json(arguments.json, report)
     if arguments.png is not None and ranks.is_first:
@@ -146,7 +169,8 @@ def print_rows(reporter: Reporter, setting: str, report: dict) -> None:
         cells.append(line)
     reporter.table(f"Prefill latency, {setting}", columns, cells)
     reporter.print(
-        f"Medians of {report['passes']} passes of each mode, taken in turn; a pass counts as on the slowest rank."
+        f"Medians of {report['passes']} passes of each mode, taken in turn; a pass counts as on the slowest rank"
+        f"{', launched as one CUDA graph' * (report['launch'] == 'graph')}."
     )
     if is_emulated:
         reporter.print(

@@ -11,6 +11,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from tokenweave_models.tokenweave.batch import Batch, KVCache
+from tokenweave_models.tokenweave.capture import CapturedPass
 from tokenweave_models.tokenweave.executor import Executor
 from tokenweave_models.tokenweave.lanes import Lane, StreamLane, ThreadLane
 from tokenweave_models.tokenweave.model import Decoder
@@ -101,6 +102,13 @@ class Session:
     def prefill(self, mode: str, batch: Batch) -> Tensor:
         """[num_requests, vocab_size]: the logits of each request's last token."""
         return self.executors[mode].logits(self.forward(mode, batch)[batch.last_rows])
+
+    def prefill_call(self, mode: str, batch: Batch, launch: str) -> Callable[[], Tensor]:
+        """prefill(mode, batch), launched kernel by kernel ("eager") or as one CUDA graph ("graph"). Collective."""
+        if launch == "eager":
+            return lambda: self.prefill(mode, batch)
+        captured = CapturedPass(self.executors[mode], batch, self.plan(mode, batch))
+        return lambda: self.executors[mode].logits(captured.replay()[batch.last_rows])
 
     def synchronize(self) -> None:
         if self.device.type == "cuda":

@@ -369,6 +369,11 @@ class Workspace:
 
     # --------------------------------------------------------------------------------------------------------- using it
 
+    @property
+    def max_tokens(self) -> int:
+        """Rows of ``hidden`` elements of ``dtype`` that fit the buffer: those asked for, or a few more."""
+        return self._buffer_bytes // (self.hidden * self.dtype.itemsize)
+
     def empty(
         self, num_tokens: int, hidden: int | None = None, dtype: torch.dtype | None = None, *, offset_bytes: int = 0
     ) -> Tensor:

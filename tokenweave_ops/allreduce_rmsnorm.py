@@ -121,7 +121,7 @@ define_op(
 
 define_op(
     "allreduce_rmsnorm_(Tensor(a!) x, Tensor(b!) residual, Tensor weight, Tensor(c!) token, int workspace, float eps,"
-    " float weight_bias, int residual_mode, int channel, int max_ctas) -> ()",
+    " float weight_bias, int residual_mode, int channel, int max_ctas, int tag=0) -> ()",
     fake=lambda x, *_: None,
 )
 define_op(
@@ -284,6 +284,7 @@ def allreduce_rmsnorm_(
     residual_mode: str = "sharded",
     channel: int = 0,
     max_ctas: int = 0,
+    tag: int = 0,
 ) -> None:
     """Sum over ranks, residual add and RMSNorm, in place and without a copy: ``h = sum(x over ranks) + residual``, then
     ``x <- rms_norm(h)`` on every rank.
@@ -307,6 +308,8 @@ def allreduce_rmsnorm_(
         max_ctas: on a GPU the blocks per rank at most, 1 to 128; 0 means 16 (fewer for virtual ranks, whose blocks
             must all be resident at once). On a CPU 1 is the calling thread alone, anything else torch's threads. The
             result does not depend on it.
+        tag: any 64-bit number that has to be the same on all ranks: what else they must agree on, such as the hash of a
+            plan. Ranks with different tags get RankDisagreement.
 
     With virtual ranks x and residual are ``[world_size, num_tokens, hidden]``.
 
@@ -323,7 +326,7 @@ def allreduce_rmsnorm_(
     mode = _residual_mode(op, residual_mode, workspace, channel)
     workspace.call(
         _allreduce_rmsnorm_,
-        x, residual, weight, workspace.token, workspace.id, eps, weight_bias, mode, channel, max_ctas,
+        x, residual, weight, workspace.token, workspace.id, eps, weight_bias, mode, channel, max_ctas, tag,
         channel=channel,
     )  # fmt: skip
     _increment_versions((x, residual))

@@ -42,6 +42,7 @@ struct AllreduceParams {
   int32_t max_ctas = 0;  // GPU blocks per rank at most
   uint64_t timeout_ns = 0;
   uint64_t sequence = 0;  // CPU processes: number of this call on its channel, 1, 2, ...
+  uint64_t tag = 0;       // what else the ranks must agree on
   uint64_t link_ns = 0;   // CPU processes: for how long this call occupies the emulated link; 0: there is none
 };
 
@@ -104,6 +105,7 @@ constexpr uint64_t kSequenceMask = 0xff, kHashMask = 0x7fffff;
   add(uint64_t{eps} << 32 | weight_bias);
   add(static_cast<uint64_t>(grid));
   add(static_cast<uint64_t>(params.workspace.transport));
+  add(params.tag);
   hash ^= hash >> 23;
   return uint64_t{1} << 63 | (params.sequence & kSequenceMask) << kSequenceShift | (hash & kHashMask) << kHashShift |
          (static_cast<uint64_t>(params.offset / 16) & 0xffffffff);

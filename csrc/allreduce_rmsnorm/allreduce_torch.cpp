@@ -290,12 +290,13 @@ Tensor stage_output(Call& call, const TensorInfo& x, const Tensor& tensor) {
 
 void allreduce_rmsnorm_(const Tensor& x, const Tensor& residual, const Tensor& weight, const Tensor& token,
                         int64_t workspace, double eps, double weight_bias, int64_t residual_mode, int64_t channel,
-                        int64_t max_ctas) {
+                        int64_t max_ctas, int64_t tag) {
   constexpr const char* kOp = "allreduce_rmsnorm_";
   const bool replicated = residual_mode == kReplicated;
   const TensorInfo x_info("x", x), residual_info("residual", residual), weight_info("weight", weight);
   Call call(kOp, replicated ? Collective::allreduce : Collective::allreduce_rmsnorm, token, workspace, channel,
             max_ctas);
+  call.params.tag = static_cast<uint64_t>(tag);
   RankRows rows;
   call.check([&] {
     rows = call.check_x(x_info);
@@ -308,7 +309,7 @@ void allreduce_rmsnorm_(const Tensor& x, const Tensor& residual, const Tensor& w
 }
 TOKENWEAVE_OP(
     "allreduce_rmsnorm_(Tensor(a!) x, Tensor(b!) residual, Tensor weight, Tensor(c!) token, int workspace, float eps,"
-    " float weight_bias, int residual_mode, int channel, int max_ctas) -> ()",
+    " float weight_bias, int residual_mode, int channel, int max_ctas, int tag=0) -> ()",
     allreduce_rmsnorm_);
 
 Tensor allreduce_rmsnorm_op(const Tensor& x, const Tensor& residual, const Tensor& weight, const Tensor& token,

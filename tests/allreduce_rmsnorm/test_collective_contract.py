@@ -231,7 +231,10 @@ def test_a_reset_makes_the_group_work_again(group):
 @pytest.mark.parametrize(
     ("different", "message"),
     [
-        ("tokens", "rank . came with another op, num_tokens, hidden, dtype, eps, weight_bias or max_ctas than rank ."),
+        (
+            "tokens",
+            "rank . came with another op, num_tokens, hidden, dtype, eps, weight_bias, max_ctas or tag than rank .",
+        ),
         ("max_ctas", "rank . came with another op, num_tokens"),
         ("op", "rank . came with another op, num_tokens"),
         ("offset", "rank . has its tensor at byte (128|0) of the workspace, rank . at byte (0|128)"),
@@ -253,6 +256,29 @@ def test_ranks_that_disagree(group, different, message):
             workspace.check()
         raised.append(str(error.value))
     assert any(re.search(message, text) for text in raised), raised
+
+
+def test_ranks_with_other_tags(group):
+    x = placed_ones(group, 6)
+    residual, weight = torch.zeros_like(x[0]), torch.ones_like(x[0][0])
+    residuals = [residual.clone() for _ in group.workspaces]
+
+    def call(tags):
+        def one(rank, workspace):
+            family.allreduce_rmsnorm_(x[rank], residuals[rank], weight, workspace, tag=tags[rank])
+
+        group.run(one)
+
+    call([-(2**63), -(2**63), -(2**63), -(2**63)])
+    for workspace in group.workspaces:
+        workspace.check()
+    call([7, 7 + 2**40, 7, 7])  # they differ in a high bit
+    raised = []
+    for workspace in group.workspaces:
+        with pytest.raises(RankDisagreement) as error:
+            workspace.check()
+        raised.append(str(error.value))
+    assert any("max_ctas or tag than" in text for text in raised), raised
 
 
 def test_a_refused_call_ends_the_others(group):

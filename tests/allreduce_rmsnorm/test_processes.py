@@ -81,7 +81,7 @@ def works(group) -> bool:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"num_tokens": 7}, "came with another op, num_tokens, hidden, dtype, eps, weight_bias or max_ctas"),
+        ({"num_tokens": 7}, "came with another op, num_tokens, hidden, dtype, eps, weight_bias, max_ctas or tag"),
         ({"dtype": "fp16"}, "came with another op, num_tokens, hidden, dtype"),
         ({"offset_bytes": 64}, "has its tensor at byte (0|64) of the workspace, rank . at byte (0|64)"),
     ],

@@ -38,6 +38,14 @@ class Batch:
                 f"tokens, got {len(query_lens)}, {len(kv_lens)} and {len(slots)} entries and "
                 f"{sum(query_lens)} of {tokens.shape[0]} tokens"
             )
+        if tokens.ndim != 1 or tokens.dtype != torch.int64:
+            raise ValueError(f"Batch: tokens must be [num_tokens] int64, got {list(tokens.shape)} {tokens.dtype}")
+        for request, (query_len, kv_len) in enumerate(zip(query_lens, kv_lens, strict=True)):
+            if not 1 <= query_len <= kv_len:
+                raise ValueError(
+                    f"Batch: requests must have 1 <= query_len <= kv_len, got query_len={query_len}, kv_len={kv_len} "
+                    f"for request {request}"
+                )
         if len(set(slots)) != len(slots):
             raise ValueError(f"Batch: slots must differ, got {tuple(slots)}")
         ranges = [torch.arange(kv - query, kv) for query, kv in zip(query_lens, kv_lens, strict=True)]
@@ -87,8 +95,9 @@ class KVCache:
         device: str | torch.device = "cpu",
     ):
         shape = (config.num_layers, num_slots, config.num_kv_heads // world_size, max_len, config.head_dim)
-        self.keys = torch.zeros(shape, dtype=dtype, device=device)
-        self.values = torch.zeros(shape, dtype=dtype, device=device)
+        with torch.inference_mode(False):  # so that passes may run in inference mode and out of it
+            self.keys = torch.zeros(shape, dtype=dtype, device=device)
+            self.values = torch.zeros(shape, dtype=dtype, device=device)
         self.num_slots, self.max_len = num_slots, max_len
 
     def check(self, batch: Batch) -> None:

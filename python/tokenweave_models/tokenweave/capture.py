@@ -17,11 +17,12 @@ WARM_UP_PASSES = 2  # libraries load and allocate at their first calls, which a 
 class CapturedPass:
     """Replays one batch's pass for other tokens: the same requests' lengths, places in the cache, and plan.
 
-    Collective, like the passes it stands for: all ranks capture the same, and replay it equally often. The workspace's
-    reset() invalidates it.
+    Collective, like the passes it stands for: all ranks capture the same, and replay it equally often. It keeps the
+    executor, whose memory the graph uses.
 
     Raises:
-        ValueError: the executor is not on a GPU.
+        ValueError: the batch is not on a GPU.
+        RuntimeError: a replay after the workspace's reset(), which makes a new capture necessary.
     """
 
     def __init__(self, executor: Executor, batch: Batch, plan: SplitPlan | None = None):
@@ -29,18 +30,22 @@ class CapturedPass:
             raise ValueError(f"CapturedPass: batch must be on a GPU, got {batch.tokens.device}")
         # Tensors of the batch are read by every replay: its own, and kept.
         self.batch = replace(batch, tokens=batch.tokens.clone(), positions=batch.positions.clone())
-        stream = torch.cuda.Stream(batch.tokens.device)
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            for _ in range(WARM_UP_PASSES):
-                executor.forward(self.batch, plan)
-        torch.cuda.current_stream().wait_stream(stream)
-        self._graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self._graph):
-            self._rows = executor.forward(self.batch, plan)
+        self._executor, self._generation = executor, executor.reduction.generation
+        with torch.cuda.device(batch.tokens.device):
+            stream = torch.cuda.Stream()
+            stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(stream):
+                for _ in range(WARM_UP_PASSES):
+                    executor.forward(self.batch, plan)
+            torch.cuda.current_stream().wait_stream(stream)
+            self._graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(self._graph):
+                self._rows = executor.forward(self.batch, plan)
 
     def replay(self, tokens: Tensor | None = None) -> Tensor:
         """The normed rows [num_tokens, hidden] of tokens [num_tokens], or of those before."""
+        if self._executor.reduction.generation != self._generation:
+            raise RuntimeError("CapturedPass: the workspace was reset since; capture the pass again")
         if tokens is not None:
             if tokens.shape != self.batch.tokens.shape:
                 raise ValueError(f"CapturedPass: tokens must be [{self.batch.num_tokens}], got {list(tokens.shape)}")

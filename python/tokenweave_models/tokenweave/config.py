@@ -62,6 +62,8 @@ class ModelConfig:
             )
 
     def check_world_size(self, world_size: int) -> None:
+        if world_size < 1:
+            raise ValueError(f"ModelConfig: world_size must be at least 1, got {world_size}")
         for name in ("num_heads", "num_kv_heads", "intermediate"):
             if getattr(self, name) % world_size:
                 raise ValueError(

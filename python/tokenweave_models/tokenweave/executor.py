@@ -7,11 +7,13 @@ Split in two halves, one half's reduction runs on the second lane while the othe
 its own reduction only, never for the lane. Unsplit, the same loop runs over one half, and nothing overlaps.
 
 The embedding is divided over the vocabulary, so that layer 0 begins with a reduction like any other (onto a residual of
-zeros). The last layer's reduction is the model's last norm; of it only the second half's is not hidden.
+zeros). The last layer's reduction is the model's last norm. Nothing hides the first half's first reduction (but for the
+second half's embedding) and the second half's last.
 """
 
 from __future__ import annotations
 
+import hashlib
 from contextlib import nullcontext
 
 import torch
@@ -24,6 +26,12 @@ from tokenweave_models.tokenweave.model import Compute, Decoder, Norm, TorchComp
 from tokenweave_models.tokenweave.reduction import Reduction
 from tokenweave_models.tokenweave.schedule import EMBED_LAYER, Observer, Step
 from tokenweave_ops import SplitPlan
+
+
+def tag_of(batch: Batch, plan: SplitPlan | None) -> int:
+    """63 bits of what ranks must agree on in a pass: the plan, and which tokens of which requests the batch has."""
+    agreed = (0 if plan is None else plan.hash, batch.query_lens, batch.kv_lens, batch.slots)
+    return int.from_bytes(hashlib.blake2b(repr(agreed).encode(), digest_size=8).digest(), "big") >> 1
 
 
 def unobserved(event: str, step: Step):
@@ -40,6 +48,10 @@ class Executor:
         lane: where reductions run when a plan splits the batch. Unsplit batches use the caller's lane.
         group: the ranks, to collect the logits' columns from; None for one process.
         compute: the matrix products and attention.
+
+    Raises:
+        ValueError: model, reduction and group are not of the same ranks, or a request of the cache does not fit the
+            model's positions.
     """
 
     def __init__(
@@ -52,27 +64,55 @@ class Executor:
         group: dist.ProcessGroup | None = None,
         compute: Compute | None = None,
     ):
-        if (group is None) != (model.world_size == 1) or (group is not None and group.size() != model.world_size):
+        ranks = {
+            "model": (model.rank, model.world_size),
+            "reduction": (model.rank if reduction.world_size == 1 else reduction.rank, reduction.world_size),
+            "group": (0, 1) if group is None else (group.rank(), group.size()),
+        }
+        if len(set(ranks.values())) != 1:
+            found = ", ".join(f"{name}: rank {rank} of {world_size}" for name, (rank, world_size) in ranks.items())
+            raise ValueError(f"Executor: model, reduction and group must be of the same ranks, got {found}")
+        if cache.max_len > model.config.max_len:
             raise ValueError(
-                f"Executor: group must have the ranks of the model, got {group and group.size()} for {model.world_size}"
+                f"Executor: cache must hold at most the model's {model.config.max_len} positions, got {cache.max_len}"
+            )
+        config, itemsize = model.config, model.norm.weight.dtype.itemsize
+        inner = config.intermediate // model.world_size
+        if config.num_experts and (config.hidden * itemsize % 16 or inner * itemsize % 16):
+            raise ValueError(
+                f"Executor: rows of experts must be multiples of 16 bytes, got hidden={config.hidden} and "
+                f"intermediate / world_size={inner} of {itemsize} bytes each"
             )
         self.model, self.cache, self.reduction, self.group = model, cache, reduction, group
         self.compute = TorchCompute() if compute is None else compute
         self._same_lane, self._second_lane = SameLane(), lane
         weight = model.norm.weight
-        self._rotary = rotary_tables(model.config, cache.max_len, weight.dtype, weight.device)
-        self._residual = torch.empty(0, model.config.hidden, dtype=weight.dtype, device=weight.device)
+        with torch.inference_mode(False):  # so that passes may run in inference mode and out of it
+            self._rotary = rotary_tables(model.config, cache.max_len, weight.dtype, weight.device)
+            self._residual = torch.empty(
+                reduction.max_tokens, model.config.hidden, dtype=weight.dtype, device=weight.device
+            )  # fmt: skip
+        self._unfinished: Lane | None = None  # of a pass that was left by an exception
+        # Of the pass's next reduction. None: there is none, or one has begun, which tells the others if it fails.
+        self._next_channel: int | None = None
 
     def forward(self, batch: Batch, plan: SplitPlan | None = None, observe: Observer = unobserved) -> Tensor:
         """The normed rows [num_tokens, hidden] that the head reads. They lie in the reduction's memory until the next
         pass.
 
+        A rank that raises in the middle of a pass refuses its next reduction, so that the others raise RankDisagreement
+        instead of waiting, and all are in step for the next pass. (Where a process group sums, they wait until its
+        deadline.)
+
         Args:
-            plan: how to split; None does not. All ranks need the same: their reductions carry the number of tokens, so
-                that ranks that disagree get RankDisagreement.
+            plan: how to split; None does not. All ranks need the same batch and plan: their reductions carry a hash of
+                both, so that ranks that disagree get RankDisagreement.
             observe: is told of every step, a Schedule for example.
         """
+        self._finish()
         self.cache.check(batch)
+        if not batch.tokens.is_cuda:  # where tokens come from a GPU, who made them has checked them
+            self.model.check_tokens(batch.tokens)
         split = 0 if plan is None else plan.split
         if plan is not None and plan.num_tokens != batch.num_tokens:
             raise ValueError(
@@ -80,34 +120,65 @@ class Executor:
             )
         if split and self._second_lane is None:
             raise ValueError(f"Executor: a plan that splits needs a second lane, got none (split at {split})")
+        if split and self.reduction.num_channels < 2:
+            raise ValueError("Executor: a plan that splits needs a reduction with 2 channels, got 1")
+        halves = batch.split(split) if split else (batch,)
+        rows = self.reduction.rows(batch.num_tokens)
         lane = self._second_lane if split else self._same_lane
+        self._unfinished, self._next_channel = lane, 0
         try:
-            return self._run(batch.split(split) if split else (batch,), plan, lane, observe)
-        except Exception:  # not KeyboardInterrupt: the other ranks may have left, and the lane may wait for them
-            lane.settle()
+            self._run(halves, rows, plan, lane, observe, tag_of(batch, plan))
+        except Exception:
+            self._finish()
             raise
+        # Not after KeyboardInterrupt: the lane may wait for ranks that have left. The next pass settles it, if there is
+        # one.
+        self._unfinished = None
+        return rows
 
-    def _run(self, halves: tuple[Batch, ...], plan: SplitPlan | None, lane: Lane, observe: Observer) -> Tensor:
+    def _finish(self) -> None:
+        """After a pass that was left by an exception: until nothing of it runs, and no other rank waits for it."""
+        if self._unfinished is None:
+            return
+        self._unfinished.settle()
+        self._unfinished = None
+        if self._next_channel is not None:
+            self.reduction.refuse(self._next_channel)
+
+    def _run(
+        self,
+        halves: tuple[Batch, ...],
+        all_rows: Tensor,
+        plan: SplitPlan | None,
+        lane: Lane,
+        observe: Observer,
+        tag: int,
+    ) -> None:
         model, layers, eps = self.model, self.model.layers, self.model.config.norm_eps
-        num_tokens = sum(half.num_tokens for half in halves)
-        all_rows, all_residuals = self.reduction.rows(num_tokens), self._zeros(num_tokens)
+        num_halves, num_tokens = len(halves), all_rows.shape[0]
         sizes = [half.num_tokens for half in halves]
-        rows, residuals = all_rows.split(sizes), all_residuals.split(sizes)
+        rows, residuals = all_rows.split(sizes), self._residual[:num_tokens].zero_().split(sizes)
         # The blocks of a reduction are those that the compute beside it spares: "attention" is beside either half's
-        # attention, "mlp" beside its MLP. Nothing is beside an unsplit batch, or the second half's last reduction.
+        # attention, "mlp" beside its MLP. Nothing is beside an unsplit batch, the first half's first reduction and the
+        # second half's last.
         ctas = {"attention": 0, "mlp": 0, "exposed": 0}
-        if len(halves) > 1:
+        if plan is not None:
             ctas = {"attention": plan.attention_ctas, "mlp": plan.mlp_ctas, "exposed": plan.exposed_ctas}
+        last_half = num_halves - 1
         tickets: dict[int, tuple[Step, object]] = {}
 
         def reduce(step: Step, norm: Norm, beside: str) -> None:
-            half, max_ctas = step.half, lane.max_ctas(ctas[beside])
+            half, max_ctas = step.half, lane.max_ctas(ctas[beside if num_halves > 1 else "exposed"])
+
+            is_last = norm is model.norm and half == last_half
 
             def work() -> None:
                 with observe("reduce", step):
+                    self._next_channel = None
                     self.reduction.reduce(
-                        rows[half], residuals[half], norm.weight, eps, channel=step.channel, max_ctas=max_ctas
+                        rows[half], residuals[half], norm.weight, eps, channel=step.channel, max_ctas=max_ctas, tag=tag
                     )
+                    self._next_channel = None if is_last else (half + 1) % num_halves
 
             with observe("submit", step):
                 tickets[half] = step, lane.submit(work)
@@ -117,12 +188,11 @@ class Executor:
             with observe("wait", step):
                 lane.wait(ticket)
 
-        last_half = len(halves) - 1
         for half, part in enumerate(halves):
             step = Step("embed", EMBED_LAYER, half, channel=half)
             with observe("compute", step):
                 model.embed(part.tokens, out=rows[half])
-            reduce(step, layers[0].input_layernorm, "attention")
+            reduce(step, layers[0].input_layernorm, "exposed" if half == 0 else "attention")
         # Each sublayer's output is added by the norm that follows it: the next layer's first, or the model's last.
         next_norms = [layer.input_layernorm for layer in layers[1:]] + [model.norm]
         for index, (layer, next_norm) in enumerate(zip(layers, next_norms, strict=True)):
@@ -132,21 +202,15 @@ class Executor:
                 with observe("compute", step):
                     layer.self_attn(rows[half], part, index, self.cache, self._rotary, self.compute, out=rows[half])
                 reduce(step, layer.post_attention_layernorm, "mlp" if half == last_half else "attention")
-            for half in range(len(halves)):
+            for half in range(num_halves):
                 wait(half)
                 step = Step("mlp", index, half, channel=half)
                 with observe("compute", step):
                     layer.mlp(rows[half], self.compute, out=rows[half])
                 after = "exposed" if next_norm is model.norm else "attention"
                 reduce(step, next_norm, after if half == last_half else "mlp")
-        for half in range(len(halves)):
+        for half in range(num_halves):
             wait(half)
-        return all_rows
-
-    def _zeros(self, num_tokens: int) -> Tensor:
-        if num_tokens > self._residual.shape[0]:
-            self._residual = self._residual.new_empty(num_tokens, self._residual.shape[1])
-        return self._residual[:num_tokens].zero_()
 
     def logits(self, rows: Tensor) -> Tensor:
         """[num_rows, vocab_size] of normed rows, the same bits on every rank. Collective."""

@@ -170,7 +170,7 @@ class MixtureOfExperts(nn.Module):
         shares, chosen = scores.topk(self.experts_per_token, dim=-1)  # each [num_tokens, experts_per_token]
         shares = shares / shares.sum(dim=-1, keepdim=True)
         # Tokens sorted by expert, and back: each token adds up its experts in the same order, whoever is beside it.
-        order = chosen.flatten().argsort(stable=True)
+        order = chosen.flatten().argsort()
         experts = torch.arange(self.gate.out_features, device=x.device)
         ends = (chosen.unsqueeze(-1) <= experts).sum(dim=(0, 1), dtype=torch.int32)
         gate, up = compute.grouped_linear(x[order // self.experts_per_token], self.gate_up_proj, ends).chunk(2, dim=-1)
@@ -205,6 +205,8 @@ class Decoder(nn.Module):
     def __init__(self, config: ModelConfig, rank: int = 0, world_size: int = 1):
         super().__init__()
         config.check_world_size(world_size)
+        if not 0 <= rank < world_size:
+            raise ValueError(f"Decoder: rank must be 0 to {world_size - 1}, got {rank}")
         self.config, self.rank, self.world_size = config, rank, world_size
         self.vocab_begin, vocab_end = vocabulary_range(config.vocab_size, world_size, rank)
         self.embed_tokens = nn.Embedding(vocab_end - self.vocab_begin, config.hidden)
@@ -213,6 +215,13 @@ class Decoder(nn.Module):
         if not config.tie_embeddings:
             self.lm_head = nn.Linear(config.hidden, vocab_end - self.vocab_begin, bias=False)
         self.requires_grad_(False)
+
+    def check_tokens(self, tokens: Tensor) -> None:
+        """tokens on a CPU: embed() would take others for another rank's, and give zeros."""
+        if tokens.numel() and not 0 <= tokens.min() <= tokens.max() < self.config.vocab_size:
+            raise ValueError(
+                f"Decoder: tokens must be 0 to {self.config.vocab_size - 1}, got {tokens.min()} to {tokens.max()}"
+            )
 
     def embed(self, tokens: Tensor, out: Tensor) -> None:
         """The embeddings of tokens [num_tokens] that this rank holds, and zeros, written to out."""

@@ -61,7 +61,7 @@ class Schedule:
             record = self._add(step, False, self._waited_for)
         elif event == "submit":
             self._reductions[step] = len(self.records)
-            self._add(step, True, self._waited_for | {self._last[False]} if False in self._last else set())
+            self._add(step, True, self._waited_for | ({self._last[False]} if False in self._last else set()))
         elif event == "reduce":
             record = self.records[self._reductions[step]]
         yield
@@ -91,8 +91,7 @@ class Schedule:
     def ended(self) -> set[int]:
         """What is over when the pass ends."""
         before = self.before()
-        last = self._waited_for | ({self._last[False]} if False in self._last else set())
-        return last.union(*(before[index] for index in last))
+        return self._waited_for.union(*(before[index] for index in self._waited_for))
 
 
 def steps_of(num_layers: int) -> list[tuple[str, int]]:

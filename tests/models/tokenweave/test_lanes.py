@@ -1,9 +1,13 @@
 """A lane runs work in order, hands on what it raises, and can be used again after a failure."""
 
+import sys
 import threading
+import time
+from contextlib import contextmanager
 
 import pytest
 import torch
+from tokenweave_models.tokenweave import lanes
 from tokenweave_models.tokenweave.batch import Batch, KVCache
 from tokenweave_models.tokenweave.config import ModelConfig
 from tokenweave_models.tokenweave.executor import Executor
@@ -65,11 +69,43 @@ def test_after_a_failure_nothing_is_begun_until_it_is_settled():
     lane.close()
 
 
-def test_a_closed_lane_takes_no_work():
-    lane = ThreadLane()
+def test_settle_waits_for_running_work():
+    lane, go, done = ThreadLane(), threading.Event(), []
+    lane.submit(lambda: (go.wait(30), done.append("work")))
+    threading.Timer(0.05, go.set).start()
+    lane.settle()
+    assert done == ["work"]
     lane.close()
-    with pytest.raises(RuntimeError, match="ThreadLane: this lane is closed"):
-        lane.submit(lambda: None)
+
+
+def test_work_that_wants_to_end_the_process_ends_its_wait_only():
+    lane = ThreadLane()
+    with pytest.raises(SystemExit):
+        lane.wait(lane.submit(lambda: sys.exit(3)))
+    lane.settle()
+    lane.wait(lane.submit(lambda: None))
+    lane.close()
+
+
+def test_a_closed_lane_takes_no_work_even_if_it_is_still_busy(monkeypatch):
+    monkeypatch.setattr(lanes, "CLOSING_S", 0.01)
+    lane, go = ThreadLane(), threading.Event()
+    ticket = lane.submit(go.wait)
+    lane.close()  # does not wait for it
+    for call in (lambda: lane.submit(lambda: None), lane.settle):
+        with pytest.raises(RuntimeError, match="ThreadLane: this lane is closed"):
+            call()
+    go.set()
+    lane.wait(ticket)
+
+
+def test_a_lane_that_nobody_closed_ends_with_its_last_reference():
+    lane = ThreadLane()
+    thread = lane._thread
+    assert thread.daemon  # a process that ends does not wait for it
+    del lane
+    thread.join(30)
+    assert not thread.is_alive()
 
 
 @pytest.mark.parametrize("new_lane", [SameLane, ThreadLane])
@@ -98,4 +134,50 @@ def test_an_executor_raises_what_its_reduction_raises_and_runs_again(new_lane, f
         fails_at = 1000
         rows = executor.forward(batch, plan).clone()
         torch.testing.assert_close(rows, executor.forward(batch))
+        # Split on the lane, whole on the caller's.
         assert {ident != threading.get_ident() for ident in calls[:10]} == {new_lane is ThreadLane}
+        assert set(calls[10:]) == {threading.get_ident()}
+    if new_lane is ThreadLane:
+        with pytest.raises(RuntimeError, match="ThreadLane: this lane is closed"):
+            executor.forward(batch, plan)
+
+
+@pytest.mark.parametrize("new_lane", [SameLane, ThreadLane])
+def test_a_pass_after_an_interrupt_waits_for_what_is_left_of_it(new_lane):
+    """Ctrl-C in the middle of a pass whose reductions are slow; then the caller goes on."""
+    config = ModelConfig(hidden=32, intermediate=48, num_layers=2, num_heads=4, num_kv_heads=2)
+
+    class Slow(FusedAddition):
+        def reduce(self, *arguments, **options):
+            time.sleep(0.01)
+            super().reduce(*arguments, **options)
+
+    @contextmanager
+    def interrupt(event, step):
+        if (event, *step[:3]) == ("compute", "mlp", 0, 0):
+            raise KeyboardInterrupt
+        yield
+
+    cache = KVCache(config, 1, 12, dtype=torch.float32)
+    plan = SplitPlan(12, "split", 5, 4, 2, 16, launch="eager", predicted_us={})
+    batch = Batch.of(torch.arange(12), [12], [12], [0])
+    with Executor(
+        random_decoder(config, seed=0), cache, Slow(12, config.hidden, torch.float32), lane=new_lane()
+    ) as executor:
+        expected = executor.forward(batch, plan).clone()
+        for next_plan in (plan, None):
+            with pytest.raises(KeyboardInterrupt):
+                executor.forward(batch, plan, interrupt)
+            torch.testing.assert_close(executor.forward(batch, next_plan), expected)
+
+
+def test_passes_in_and_out_of_inference_mode():
+    config = ModelConfig(hidden=32, intermediate=48, num_layers=1, num_heads=4, num_kv_heads=2)
+    batch = Batch.of(torch.arange(12), [12], [12], [0])
+    with torch.inference_mode():
+        cache = KVCache(config, 1, 12, dtype=torch.float32)
+        executor = Executor(random_decoder(config, seed=0), cache, FusedAddition(12, config.hidden, torch.float32))
+        expected = executor.forward(batch).clone()
+    with torch.no_grad():
+        assert torch.equal(executor.forward(batch), expected)
+    assert torch.equal(executor.forward(batch), expected)

@@ -19,7 +19,7 @@ SIZES = {"hidden": 96, "intermediate": 200, "num_layers": 3, "num_heads": 6, "nu
 CONFIG = ModelConfig(**SIZES)
 CONFIGS = {
     "dense": CONFIG,
-    "biased, tied, wide heads": ModelConfig(**SIZES, qkv_bias=True, tie_embeddings=True, head_dim=24),
+    "biased, tied, wide heads": ModelConfig(**SIZES, qkv_bias=True, tie_embeddings=True, head_dim=24, norm_eps=0.1),
     "experts": ModelConfig(**SIZES, num_experts=4, experts_per_token=2),
     "one expert a token": ModelConfig(**SIZES, num_experts=3, experts_per_token=1),
 }
@@ -152,7 +152,7 @@ def test_reductions_keep_their_promise(mode):
     weight = torch.rand(64) + 0.5
     total = x + residual
     expected = total * (total.square().mean(-1, keepdim=True) + 1e-5).rsqrt() * weight
-    reduction.reduce(x, residual, weight, 1e-5, channel=0, max_ctas=0)
+    reduction.reduce(x, residual, weight, 1e-5, channel=0, max_ctas=0, tag=0)
     torch.testing.assert_close(x, expected)
     torch.testing.assert_close(residual, total)
     assert reduction.rows(3).data_ptr() == x.data_ptr()
@@ -208,6 +208,33 @@ def test_stretched_rotary_frequencies():
     assert ((scaled < plain) & (scaled > plain / 8))[between].all()
 
 
+def test_experts_are_weighted_in_float32():
+    """The shares of many experts, and their sum, are rounded once."""
+    config = ModelConfig(
+        hidden=24, intermediate=8, num_layers=1, num_heads=2, num_kv_heads=2, num_experts=8, experts_per_token=8
+    )
+    generator = torch.Generator().manual_seed(0)
+    scores = torch.randn(50, 8, generator=generator).bfloat16()
+    by_expert = torch.randn(8, 50, 24, generator=generator).bfloat16()  # what every expert makes of every token
+
+    class Given:
+        def linear(self, x, weight):
+            return scores
+
+        def grouped_linear(self, x, weights, ends):
+            assert ends.tolist() == [50 * (expert + 1) for expert in range(8)]
+            if weights.shape[1] == 2 * config.intermediate:
+                self.tokens = x[:, 0].long()
+                return x[:, :16]
+            return by_expert[torch.arange(8).repeat_interleave(50), self.tokens]
+
+    x = torch.arange(50).bfloat16()[:, None].expand(50, 24)
+    out = random_decoder(config, 0).layers[0].mlp(x, Given(), torch.empty(50, 24, dtype=torch.bfloat16))
+    shares = scores.double().softmax(-1)
+    expected = torch.einsum("te,eth->th", shares, by_expert.double())
+    assert (out.double() - expected).abs().max() <= 0.51 * torch.finfo(torch.bfloat16).eps * expected.abs().max()
+
+
 def test_ranks_share_the_vocabulary():
     assert [vocabulary_range(10, 4, rank) for rank in range(4)] == [(0, 3), (3, 6), (6, 9), (9, 10)]
     assert [vocabulary_range(5, 4, rank) for rank in range(4)] == [(0, 2), (2, 4), (4, 5), (5, 5)]
@@ -219,11 +246,22 @@ def test_batches_and_caches_that_do_not_fit_are_refused():
         Batch.of(tokens, [2, 3], [2, 3], [0, 1])
     with pytest.raises(ValueError, match=r"Batch: slots must differ, got \(1, 1\)"):
         Batch.of(tokens, [2, 4], [2, 4], [1, 1])
+    with pytest.raises(ValueError, match=r"Batch: tokens must be \[num_tokens\] int64, got \[6\] torch.int32"):
+        Batch.of(tokens.int(), [6], [6], [0])
+    for lens in ([0, 6], [3, 6]), ([6], [5]), ([6], [0]):
+        with pytest.raises(ValueError, match="Batch: requests must have 1 <= query_len <= kv_len, got query_len="):
+            Batch.of(tokens, *lens, range(len(lens[0])))
     cache = KVCache(CONFIG, 2, 8, dtype=torch.float32)
-    with pytest.raises(ValueError, match="KVCache: slot must be 0 to 1, got 2"):
-        cache.check(Batch.of(tokens, [6], [6], [2]))
-    with pytest.raises(ValueError, match="KVCache: a request must fit 8 tokens, got 9"):
-        cache.check(Batch.of(tokens, [6], [9], [0]))
+    executor = Executor(random_decoder(CONFIG, 0), cache, FusedAddition(8, CONFIG.hidden, torch.float32))
+    for batch, message in (
+        (Batch.of(tokens, [6], [6], [2]), "KVCache: slot must be 0 to 1, got 2"),
+        (Batch.of(tokens, [6], [9], [0]), "KVCache: a request must fit 8 tokens, got 9"),
+        (Batch.of(tokens + 251, [6], [6], [0]), "Decoder: tokens must be 0 to 255, got "),
+        (Batch.of(-1 - tokens, [6], [6], [0]), "Decoder: tokens must be 0 to 255, got "),
+    ):
+        with pytest.raises(ValueError, match=message):
+            executor.forward(batch)
+    assert not cache.keys.any()  # nothing was written
 
 
 def test_parameter_shapes():

@@ -155,9 +155,9 @@ def test_blocks_are_those_that_the_compute_beside_spares():
     seen = []
 
     class Spy(FusedAddition):
-        def reduce(self, x, residual, weight, eps, *, channel, max_ctas):
+        def reduce(self, x, residual, weight, eps, *, channel, max_ctas, tag):
             seen.append((channel, max_ctas))
-            super().reduce(x, residual, weight, eps, channel=channel, max_ctas=max_ctas)
+            super().reduce(x, residual, weight, eps, channel=channel, max_ctas=max_ctas, tag=tag)
 
     cache = KVCache(CONFIG, 1, 12, dtype=torch.float32)
     executor = Executor(model, cache, Spy(12, CONFIG.hidden, torch.float32), lane=SameLane())
@@ -165,10 +165,13 @@ def test_blocks_are_those_that_the_compute_beside_spares():
     executor.forward(batch, plan)
     layer = [(0, 4), (1, 2), (0, 2), (1, 4)]  # attention of both halves, MLP of both halves
     last = [(0, 4), (1, 2), (0, 2), (1, 16)]
-    assert seen == [(0, 4), (1, 4)] + layer * (CONFIG.num_layers - 1) + last
+    assert seen == [(0, 16), (1, 4)] + layer * (CONFIG.num_layers - 1) + last
     seen.clear()
     executor.forward(batch)
     assert seen == [(0, 0)] * (2 * CONFIG.num_layers + 1)
+    seen.clear()
+    executor.forward(batch, SplitPlan(12, "fuse", 0, 0, 0, exposed_ctas=32, launch="eager", predicted_us={}))
+    assert seen == [(0, 32)] * (2 * CONFIG.num_layers + 1)
     seen.clear()
     with Executor(model, cache, executor.reduction, lane=ThreadLane()) as beside:
         beside.forward(batch, plan)
@@ -180,7 +183,6 @@ def test_blocks_are_those_that_the_compute_beside_spares():
     [
         (SplitPlan(11, "fuse", 0, 0, 0, 0, "eager", {}), None, "made for the batch of 12 tokens, got 11"),
         (SplitPlan(12, "split", 5, 0, 0, 0, "eager", {}), None, r"needs a second lane, got none \(split at 5\)"),
-        (SplitPlan(12, "split", 12, 0, 0, 0, "eager", {}), SameLane(), "split must be inside the batch, 1 to 11"),
     ],
 )
 def test_plans_that_do_not_fit_are_refused(plan, lane, message):

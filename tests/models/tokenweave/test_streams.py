@@ -98,9 +98,9 @@ def test_a_split_pass_on_streams_orders_what_depends(monkeypatch):
     before = {}
 
     class Note(FusedAddition):
-        def reduce(self, x, residual, weight, eps, *, channel, max_ctas):
+        def reduce(self, x, residual, weight, eps, *, channel, max_ctas, tag):
             before[len(before)] = (cuda.current, cuda.work(("reduce", channel, len(before))))
-            super().reduce(x, residual, weight, eps, channel=channel, max_ctas=max_ctas)
+            super().reduce(x, residual, weight, eps, channel=channel, max_ctas=max_ctas, tag=tag)
 
     @contextmanager
     def observe(event, step):

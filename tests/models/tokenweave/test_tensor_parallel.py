@@ -1,16 +1,19 @@
 """The decoder over ranks is the decoder: exactly in float64, and in real processes up to the rounding of its sums."""
 
 import threading
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
 from tokenweave_models.common.ranks import run_ranks
+from tokenweave_models.tokenweave.batch import Batch, KVCache
 from tokenweave_models.tokenweave.config import ModelConfig
 from tokenweave_models.tokenweave.demo_ranks import MODES, RankRun, layer_times
 from tokenweave_models.tokenweave.executor import Executor
-from tokenweave_models.tokenweave.model import random_decoder
+from tokenweave_models.tokenweave.lanes import SameLane
+from tokenweave_models.tokenweave.model import Decoder, random_decoder
 from tokenweave_models.tokenweave.passes import prefill_executor, prefill_logits
 from tokenweave_models.tokenweave.reduction import EagerAddition, FusedAddition, FusedReduction, SeparateReduction
 from tokenweave_models.tokenweave.tensor_parallel import parts_of, shard
@@ -22,12 +25,14 @@ ODD_VOCABULARY = ModelConfig(
     vocab_size=257, hidden=96, intermediate=200, num_layers=2, num_heads=8, num_kv_heads=4, qkv_bias=True,
     num_experts=3, experts_per_token=2, tie_embeddings=True,
 )  # fmt: skip
+# Of 4 ranks the third has one row of the vocabulary and the last has none.
+SMALL_VOCABULARY = replace(CONFIG, vocab_size=5, num_layers=1)
 DTYPES = ("bfloat16", "float16", "float32")
 WORLD_SIZE = 2
 
 
-def some_tokens(batch: int, seq: int) -> torch.Tensor:
-    return torch.randint(256, (batch, seq), generator=torch.Generator().manual_seed(1))
+def some_tokens(batch: int, seq: int, vocab_size: int = 256) -> torch.Tensor:
+    return torch.randint(vocab_size, (batch, seq), generator=torch.Generator().manual_seed(1))
 
 
 def one_process(model, tokens, reduction=EagerAddition):
@@ -51,17 +56,20 @@ class ThreadReduction(EagerAddition):
 
 
 class ThreadGroup:
-    def __init__(self, world_size: int):
-        self.world_size = world_size
+    def __init__(self, rank: int, world_size: int):
+        self.of_rank, self.world_size = rank, world_size
+
+    def rank(self):
+        return self.of_rank
 
     def size(self):
         return self.world_size
 
 
-@pytest.mark.parametrize("config", [CONFIG, ODD_VOCABULARY], ids=["dense", "experts"])
+@pytest.mark.parametrize("config", [CONFIG, ODD_VOCABULARY, SMALL_VOCABULARY], ids=["dense", "experts", "few tokens"])
 @pytest.mark.parametrize("world_size", [1, 2, 4])
 def test_shares_add_up_to_the_decoder(config, world_size, monkeypatch):
-    model, tokens = random_decoder(config, seed=3).double(), some_tokens(2, 9)
+    model, tokens = random_decoder(config, seed=3).double(), some_tokens(2, 9, min(config.vocab_size, 256))
     barrier, parts, columns, logits = threading.Barrier(world_size, timeout=30), {}, {}, {}
     current = threading.local()
 
@@ -78,7 +86,7 @@ def test_shares_add_up_to_the_decoder(config, world_size, monkeypatch):
         current.rank = rank
         reduction = ThreadReduction(rank, world_size, parts, barrier, tokens.numel(), config.hidden, torch.float64)
         share = shard(model, rank, world_size)
-        group = ThreadGroup(world_size) if world_size > 1 else None
+        group = ThreadGroup(rank, world_size) if world_size > 1 else None
         logits[rank] = prefill_logits(prefill_executor(share, tokens, reduction, group=group), tokens)
 
     threads = [threading.Thread(target=run, args=(rank,)) for rank in range(world_size)]
@@ -237,12 +245,43 @@ def test_fused_is_one_op_on_the_workspace_and_separate_is_two(group_of_one, monk
         assert calls == [("allreduce_rmsnorm_", workspace.empty(1).data_ptr())] * reductions
 
 
-def test_an_executor_needs_the_ranks_of_its_model(group_of_one):
-    share = shard(random_decoder(CONFIG, seed=0), 0, 2)
-    rows = FusedAddition(8, CONFIG.hidden, torch.float32)
-    for group, words in ((None, "got None for 2"), (group_of_one, "got 1 for 2")):
-        with pytest.raises(ValueError, match=f"Executor: group must have the ranks of the model, {words}"):
-            Executor(share, None, rows, group=group)
+def test_model_reduction_and_group_are_of_the_same_ranks(group_of_one):
+    share, whole = shard(random_decoder(CONFIG, seed=0), 0, 2), random_decoder(CONFIG, seed=0)
+    cache = KVCache(CONFIG, 1, 8, dtype=torch.float32)
+    alone, two = FusedAddition(8, CONFIG.hidden, torch.float32), FusedAddition(8, CONFIG.hidden, torch.float32)
+    two.world_size = 2
+    for model, reduction, group in (
+        (share, two, None),
+        (share, two, group_of_one),
+        (share, two, ThreadGroup(1, 2)),
+        (share, alone, ThreadGroup(0, 2)),
+        (whole, two, None),
+        (whole, alone, ThreadGroup(0, 2)),
+    ):
+        with pytest.raises(ValueError, match="model, reduction and group must be of the same ranks, got model"):
+            Executor(model, cache, reduction, group=group)
+    Executor(share, cache, two, group=ThreadGroup(0, 2))
+    with pytest.raises(ValueError, match="Executor: cache must hold at most the model's 4096 positions, got 4097"):
+        Executor(whole, KVCache(CONFIG, 1, 4097, dtype=torch.float32), alone)
+    uneven = random_decoder(replace(CONFIG, num_experts=2, experts_per_token=1, intermediate=50), seed=0)
+    with pytest.raises(ValueError, match="rows of experts must be multiples of 16 bytes, got hidden=96 and .*=50 of 4"):
+        Executor(uneven, cache, alone)
+    for rank in (-1, 2):
+        with pytest.raises(ValueError, match=f"Decoder: rank must be 0 to 1, got {rank}"):
+            Decoder(CONFIG, rank, 2)
+
+
+def test_a_split_needs_two_channels(group_of_one):
+    model = random_decoder(CONFIG, seed=0)
+    with tokenweave_ops.Workspace(
+        group_of_one, 8, CONFIG.hidden, torch.float32, device="cpu", num_channels=1
+    ) as workspace:
+        executor = Executor(
+            model, KVCache(CONFIG, 1, 8, dtype=torch.float32), FusedReduction(workspace), lane=SameLane()
+        )
+        plan = tokenweave_ops.SplitPlan(8, "split", 4, 1, 1, 1, launch="eager", predicted_us={})
+        with pytest.raises(ValueError, match="a plan that splits needs a reduction with 2 channels, got 1"):
+            executor.forward(Batch.of(torch.arange(8), [8], [8], [0]), plan)
 
 
 @pytest.mark.parametrize(
@@ -250,6 +289,7 @@ def test_an_executor_needs_the_ranks_of_its_model(group_of_one):
     [
         ({}, 3, "num_heads must be a multiple of world_size, got num_heads=8, world_size=3"),
         ({"num_kv_heads": 2}, 4, "num_kv_heads must be a multiple of world_size, got num_kv_heads=2, world_size=4"),
+        ({}, 0, "world_size must be at least 1, got 0"),
         ({"intermediate": 201}, 2, "intermediate must be a multiple of world_size, got intermediate=201, world_size=2"),
     ],
 )

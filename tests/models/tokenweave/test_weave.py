@@ -91,10 +91,42 @@ def test_with_ordinary_matrix_products_modes_agree_up_to_rounding(work, ordinary
 
 
 def test_ranks_that_disagree_on_the_plan_get_an_error(work):
-    plans = {"another split": (10, 11), "one does not split": (10, 0)}
+    plans = {"another split": (10, 11), "one does not split": (10, 0), "another way round": (0, 10)}
     for run in run_ranks(work.disagree, 2, DENSE, plans, timeout_s=120):
         for name in plans:
             error, message = run[name]
             assert error == "RankDisagreement", message
             assert "came with another op, num_tokens, " in message
             assert run[name + ", again"]
+
+
+def test_ranks_with_other_batches_get_an_error_although_their_sizes_agree(work):
+    """The first reduction of a batch of 8 tokens is as large as that of 20 tokens split at 8."""
+    for run in run_ranks(work.other_batches, 2, DENSE, timeout_s=120):
+        for name, (error, message) in run.items():
+            assert error == "RankDisagreement", (name, message)
+            assert "max_ctas or tag than" in message
+
+
+def test_a_rank_that_breaks_off_ends_the_pass_of_all_and_they_stay_in_step(work):
+    last = DENSE.num_layers - 1
+    places = [
+        (10, "compute", "embed", -1, 0),
+        (10, "compute", "embed", -1, 1),
+        (10, "compute", "attention", 0, 0),
+        (10, "compute", "mlp", 0, 1),
+        (10, "submit", "mlp", 0, 0),
+        (10, "wait", "attention", 1, 1),
+        (10, "reduce", "attention", 0, 1),
+        (0, "compute", "mlp", last, 0),
+        (0, "reduce", "embed", -1, 0),
+    ]
+    first, second = run_ranks(work.one_breaks, 2, DENSE, places, timeout_s=120)
+    for place in places:
+        error, message, is_right_afterwards = second[place]
+        assert (error, message) == ("Broken", "rank 1 alone")
+        assert is_right_afterwards, place
+        error, message, is_right_afterwards = first[place]
+        assert error == "RankDisagreement", (place, error, message)
+        assert "rank 1 refused its call" in message
+        assert is_right_afterwards, place

@@ -1,5 +1,7 @@
 """What test_weave.py runs on spawned ranks. A module of its own, since ranks import it by name."""
 
+from contextlib import contextmanager
+
 import numpy as np
 import torch
 from tokenweave_models.tokenweave.batch import Batch, KVCache
@@ -129,4 +131,62 @@ def disagree(group, report, config: ModelConfig, plans: dict):
                 workspace.reset()
                 again = executor.forward(batch, plan_of(20, 10))
                 found[name + ", again"] = torch.equal(again, expected)
+    return found
+
+
+class Broken(Exception):
+    """What goes wrong on one rank alone."""
+
+
+@torch.inference_mode()
+def one_breaks(group, report, config: ModelConfig, places: list):
+    """In each place of a split pass rank 1 breaks off, with no word to the others. What every rank got, by place, and
+    whether the passes after it are right, without a reset."""
+    found = {}
+    with Workspace(group, MAX_TOKENS, config.hidden, torch.float32, device="cpu", timeout_s=20) as workspace:
+        decoder = RankDecoder(group, config, torch.float32, workspace, TorchCompute())
+        with decoder.executor("weave") as executor:
+            batch = Batch.of(tokens_of(20, seed=1), (20,), (20,), (0,))
+            expected = {split: executor.forward(batch, plan_of(20, split)).clone() for split in (10, 0)}
+            for place in places:
+                split, event, *where = place
+
+                @contextmanager
+                def break_off(event_here, step, event=event, where=where):
+                    if group.rank() == 1 and [event_here, *step[:3]] == [event, *where]:
+                        raise Broken("rank 1 alone")
+                    yield
+
+                try:
+                    executor.forward(batch, plan_of(20, split), break_off)
+                    found[place] = ("no error", "")
+                except (CommunicationError, Broken) as error:
+                    found[place] = (type(error).__name__, str(error))
+                right = [torch.equal(executor.forward(batch, plan_of(20, s)), expected[s]) for s in (10, 0)]
+                found[place] += (all(right),)
+    return found
+
+
+@torch.inference_mode()
+def other_batches(group, report, config: ModelConfig):
+    """Rank 1 comes with another batch or plan whose first reduction has the same size. What every rank got."""
+    twenty = Batch.of(tokens_of(20, seed=1), (20,), (20,), (0,))
+    by_rank = {
+        "8 of 20, or 8": ((twenty, plan_of(20, 8)), (Batch.of(tokens_of(8, seed=1), (8,), (8,), (0,)), plan_of(8, 0))),
+        "two requests, or one": (
+            (Batch.of(tokens_of(20, seed=1), (12, 8), (12, 8), (0, 1)), None), (twenty, None)
+        ),
+        "another slot": ((twenty, None), (Batch.of(tokens_of(20, seed=1), (20,), (20,), (1,)), None)),
+    }  # fmt: skip
+    found = {}
+    with Workspace(group, MAX_TOKENS, config.hidden, torch.float32, device="cpu", timeout_s=20) as workspace:
+        decoder = RankDecoder(group, config, torch.float32, workspace, TorchCompute())
+        with decoder.executor("weave") as executor:
+            for name, cases in by_rank.items():
+                try:
+                    executor.forward(*cases[group.rank()])
+                    found[name] = ("no error", "")
+                except CommunicationError as error:
+                    found[name] = (type(error).__name__, str(error))
+                workspace.reset()
     return found

@@ -48,8 +48,10 @@ class Engine:
 
     def _batch(self, chunks: list[Chunk]) -> Batch:
         tokens = [token for chunk in chunks for token in chunk.request.tokens(chunk.begin, chunk.end)]
+        tokens = torch.tensor(tokens)
+        self.executor.model.check_tokens(tokens)
         return Batch.of(
-            torch.tensor(tokens, device=self._device),
+            tokens.to(self._device),
             [chunk.num_tokens for chunk in chunks],
             [chunk.end for chunk in chunks],
             [chunk.request.slot for chunk in chunks],

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 # Operations that the host launches, per layer. A routed-experts block is counted apart (moe_launch_us).
 ATTENTION_OPS = 5  # QKV projection, rotary positions, KV-cache write, attention, output projection
+ATTENTION_CALL_OPS = 4  # of each further attention call: its keys and values, itself, its rows of the output
 MLP_OPS = 3  # gate and up projection, activation, down projection
 WEAVE_EVENTS = 8  # record-and-wait pairs between the two lanes
 MOE_OPS = 7  # router, top-k, sorting, two grouped GEMMs, activation, weighted sum
@@ -34,26 +35,36 @@ class AttentionWork(NamedTuple):
 
     queries: np.ndarray
     pairs: np.ndarray  # (query, key) pairs under the causal mask
-    longest_kv: np.ndarray  # keys of the request that has most
+    longest_tile: np.ndarray  # pairs of one head's largest tile of queries
     kv_tokens: np.ndarray  # keys (and values) read, over all requests
 
 
-def attention_halves(requests: Sequence[tuple[int, int]], split: np.ndarray) -> tuple[AttentionWork, AttentionWork]:
-    """The work of rows [0, split) and of the rest. ``requests``: (query_len, kv_len), kv_len with the new tokens.
+def attention_halves(requests: np.ndarray, split: np.ndarray, tile_rows: int) -> tuple[AttentionWork, AttentionWork]:
+    """The work of rows [0, split) and of the rest. ``requests``: [n, 2] of (query_len, kv_len), kv_len with the new
+    tokens.
 
     A request that straddles the split is cut: its first queries see only the keys up to themselves.
     """
-    lengths = np.asarray(requests, dtype=np.float64).reshape(-1, 2)
-    query_len, kv_len = lengths[:, 0], lengths[:, 1]
+    query_len, kv_len = requests.T
     begin = np.cumsum(query_len) - query_len
     first = np.clip(np.asarray(split, dtype=np.float64)[..., None] - begin, 0, query_len)
+    # Kernels divide the keys of a request that fills no tile over multiprocessors: its reads bound it, not a tile. The
+    # whole request counts, so that cutting it gains nothing here.
+    tiled = query_len >= tile_rows
 
     def work(queries: np.ndarray, keys: np.ndarray) -> AttentionWork:
         keys = np.where(queries > 0, keys, 0)
         pairs = queries * keys - queries * (queries - 1) / 2
-        return AttentionWork(queries.sum(-1), pairs.sum(-1), keys.max(-1), keys.sum(-1))
+        tile = np.where(tiled, np.minimum(queries, tile_rows) * keys, 0)
+        return AttentionWork(queries.sum(-1), pairs.sum(-1), tile.max(-1), keys.sum(-1))
 
     return work(first, kv_len - (query_len - first)), work(query_len - first, kv_len)
+
+
+def attention_calls(requests: np.ndarray) -> int:
+    """Of a pass that is not split: one for all requests of one new token together, one for each of the others."""
+    longer = int((requests[:, 0] > 1).sum())
+    return longer + (longer < len(requests))
 
 
 def gemm_us(
@@ -74,27 +85,31 @@ def gemm_us(
         average, wherever its mean falls.
     efficiency: factor on the rate.
     """
-    tile_rows, tile_features = np.asarray(hardware.gemm_tiles, dtype=np.float64).T
-    reuse = 1 / tile_rows + 1 / tile_features
-    slowdown = (1 + hardware.gemm_operand_rows * reuse) / (1 + hardware.gemm_operand_rows * reuse.min())
+    tile_rows, tile_features, slowdown = hardware.tile_terms
     flops_per_us = hardware.gemm_tflops * 1e6 / hardware.num_sms * efficiency
     wave_us = 2 * tile_rows * tile_features * inner / flops_per_us * slowdown + hardware.gemm_wave_us
     feature_tiles = np.ceil(features / tile_features)
 
-    def modelled_us(rows: np.ndarray, sms: np.ndarray) -> np.ndarray:
+    def tiles_and_reads(rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         row_tiles = rows[..., None] / tile_rows
         row_tiles = np.ceil(row_tiles) if groups == 1 else groups * (row_tiles + 0.5)
-        waves_us = np.ceil(row_tiles * feature_tiles / sms[..., None]) * wave_us
         moved_bytes = element_bytes * groups * (inner * features + rows * (inner + features))
-        return np.maximum(waves_us.min(-1), moved_bytes / (hardware.hbm_gb_s * 1e3)) + hardware.kernel_us
+        return row_tiles * feature_tiles, moved_bytes / (hardware.hbm_gb_s * 1e3)
+
+    def modelled_us(tiles: np.ndarray, reads_us: np.ndarray, sms: np.ndarray) -> np.ndarray:
+        waves_us = np.ceil(tiles / sms[..., None]) * wave_us
+        return np.maximum(waves_us.min(-1), reads_us) + hardware.kernel_us
 
     all_sms = np.float64(hardware.num_sms)
     rows, sms = np.asarray(rows, dtype=np.float64), all_sms if sms is None else np.asarray(sms, dtype=np.float64)
+    work = tiles_and_reads(rows)
+    us = modelled_us(*work, sms)
     if groups > 1 or (features, inner) not in hardware.gemm_curves:
-        return modelled_us(rows, sms)
+        return us
     sampled_rows, sampled_us = hardware.gemm_curves[features, inner]
     known = np.clip(rows, sampled_rows[0], sampled_rows[-1])
-    return np.interp(known, sampled_rows, sampled_us) * modelled_us(rows, sms) / modelled_us(known, all_sms)
+    work_of_known = work if (known == rows).all() else tiles_and_reads(known)
+    return np.interp(known, sampled_rows, sampled_us) * us / modelled_us(*work_of_known, all_sms)
 
 
 class Block(NamedTuple):
@@ -123,24 +138,22 @@ class CostModel:
         return num_bytes / (self.hardware.hbm_gb_s * 1e3) + self.hardware.kernel_us
 
     def attention_us(self, work: AttentionWork, sms):
-        """Causal attention with a KV cache: all arithmetic, or that of the longest tile, or the reads, whichever takes
+        """Causal attention with a KV cache: all arithmetic, or that of the largest tile, or the reads, whichever takes
         longest."""
         shape, hardware = self.shape, self.hardware
         flops_per_us = hardware.attention_tflops * 1e6 / hardware.num_sms
-        heads, kv_heads = shape.num_heads / self.world_size, max(1.0, shape.num_kv_heads / self.world_size)
+        heads, kv_heads = shape.num_heads // self.world_size, shape.num_kv_heads // self.world_size
         flops = 4 * shape.head_dim * heads * (work.pairs + hardware.attention_extra_keys * work.queries)
-        longest = 4 * shape.head_dim * hardware.attention_tile_rows * work.longest_kv
-        # Few queries fill no tile; they are bound by reading keys and values.
-        longest = np.minimum(longest, flops)
+        tile_flops = 4 * shape.head_dim * work.longest_tile
         read_bytes = 2 * kv_heads * shape.head_dim * shape.element_bytes * work.kv_tokens
-        busy_us = np.maximum(flops / (flops_per_us * sms), longest / flops_per_us)
+        busy_us = np.maximum(flops / (flops_per_us * sms), tile_flops / flops_per_us)
         return np.maximum(busy_us, read_bytes / (hardware.hbm_gb_s * 1e3)) + hardware.kernel_us
 
     def attention_block(self, rows, work: AttentionWork, sms) -> Block:
         """QKV projection, rotary positions and KV-cache write, attention, output projection."""
         shape, world_size = self.shape, self.world_size
         q_features = shape.num_heads * shape.head_dim // world_size
-        kv_features = 2 * max(1, shape.num_kv_heads // world_size) * shape.head_dim
+        kv_features = 2 * shape.num_kv_heads // world_size * shape.head_dim
         rotary_bytes = 2 * shape.element_bytes * rows * (q_features + kv_features)
         return Block(
             tensor_us=self._gemm_us(rows, q_features + kv_features, shape.hidden, sms)
@@ -199,12 +212,15 @@ class CostModel:
         head_bytes = self.shape.element_bytes * self.shape.vocab_size * self.shape.hidden / self.world_size
         return self.hardware.pass_us + self._stream_us(head_bytes)
 
-    def host_us(self, mode: str, launch: str) -> float:
-        """Time the host needs to launch a whole pass; a pass is never faster than this."""
+    def host_us(self, mode: str, launch: str, calls: int) -> float:
+        """Time the host needs to launch a whole pass; a pass is never faster than this.
+
+        calls: of attention, per layer of a pass that is not split. The split cuts one of them in two.
+        """
         hardware, routed = self.hardware, bool(self.shape.num_experts)
         halves = 2 if mode == "weave" else 1
         norms = {"reference": 4, "no_communication": 2, "fused": 2, "weave": 4 + WEAVE_EVENTS}[mode]
-        ops = halves * (ATTENTION_OPS + (0 if routed else MLP_OPS)) + norms
+        ops = halves * (ATTENTION_OPS + (0 if routed else MLP_OPS)) + norms + (calls - 1) * ATTENTION_CALL_OPS
         if launch == "eager":
             layer_us = ops * hardware.eager_launch_us + halves * routed * hardware.moe_launch_us
         else:
@@ -237,7 +253,7 @@ class WeaveTimes(NamedTuple):
 
 def weave_times(
     cost: CostModel,
-    requests: Sequence[tuple[int, int]],
+    requests: np.ndarray,
     num_tokens: int,
     split: Sequence[int] | np.ndarray,
     attention_ctas: Sequence[int],
@@ -246,7 +262,8 @@ def weave_times(
     hardware, link = cost.hardware, cost.hardware.link
     split = np.asarray(split, dtype=np.float64)
     rows = np.stack((split, num_tokens - split))[:, None]
-    work = AttentionWork(*(np.stack(pair)[:, None] for pair in zip(*attention_halves(requests, split), strict=True)))
+    works = attention_halves(requests, split, hardware.attention_tile_rows)
+    work = AttentionWork(*(np.stack(pair)[:, None] for pair in zip(*works, strict=True)))
 
     def multiprocessors(ctas: Sequence[int]) -> np.ndarray:
         taken = np.array([0, *ctas]) * link.sms_per_cta

@@ -154,6 +154,13 @@ class HardwareProfile:
             raise ValueError(f"HardwareProfile: sources names unknown fields {unknown}; known: {sorted(MEASURABLE)}")
 
     @cached_property
+    def tile_terms(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Of every GEMM tile: rows, features, and how much slower it computes than the largest one."""
+        tile_rows, tile_features = np.array(self.gemm_tiles, dtype=np.float64).T
+        operands = 1 + self.gemm_operand_rows * (1 / tile_rows + 1 / tile_features)
+        return tile_rows, tile_features, operands / operands.min()
+
+    @cached_property
     def gemm_curves(self) -> dict[tuple[int, int], tuple[np.ndarray, np.ndarray]]:
         """``gemm_samples`` by (features, inner): rows in ascending order, and their microseconds."""
         shapes: dict[tuple[int, int], dict[int, float]] = {}

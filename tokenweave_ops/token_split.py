@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import operator
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -15,7 +16,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from tokenweave_ops._cost_model import CostModel, attention_halves, gemm_us, overlap_us, weave_times
+from tokenweave_ops._cost_model import CostModel, attention_calls, attention_halves, gemm_us, overlap_us, weave_times
 from tokenweave_ops._hardware import H100, HardwareProfile, LinkModel, cpu_profile
 
 __all__ = [
@@ -43,6 +44,24 @@ AS_GOOD = 1e-3
 # TokenWeave's own rule.
 PUBLISHED_MIN_TOKENS = 1024
 PUBLISHED_PADDING = 256
+# Of one collective: what the fused kernels take at most.
+MAX_CTAS = 128
+KINDS = ("none", "fuse", "split")
+LAUNCHES = ("graph", "eager")
+
+
+def _integer(what: str, name: str, value: object, low: int, high: int | None = None) -> int:
+    """``value`` as a plain int: numpy's too are welcome, but equal plans must have equal hashes."""
+    try:
+        if isinstance(value, (bool, np.bool_)):
+            raise TypeError
+        number = operator.index(value)
+        if number < low or (high is not None and number > high):
+            raise TypeError
+    except TypeError:
+        wanted = f"of at least {low}" if high is None else f"from {low} to {high}"
+        raise ValueError(f"{what}: {name} must be an integer {wanted}, got {value!r}") from None
+    return number
 
 
 @dataclass(frozen=True)
@@ -63,8 +82,7 @@ class ModelShape:
     def __post_init__(self):
         for name, value in vars(self).items():
             low = 0 if name in ("num_experts", "experts_per_token") else 1
-            if not isinstance(value, int) or isinstance(value, bool) or value < low:
-                raise ValueError(f"ModelShape: {name} must be an integer of at least {low}, got {value!r}")
+            object.__setattr__(self, name, _integer("ModelShape", name, value, low))
         if bool(self.num_experts) != bool(self.experts_per_token) or self.experts_per_token > self.num_experts:
             raise ValueError(
                 f"ModelShape: experts_per_token must be in [1, num_experts={self.num_experts}] (both 0: dense), "
@@ -77,9 +95,8 @@ class ModelShape:
 
     def check_world_size(self, world_size: int) -> int:
         """Returns it; raises ValueError if so many ranks cannot share heads and inner features evenly."""
-        if world_size < 1:
-            raise ValueError(f"ModelShape: world_size must be positive, got {world_size}")
-        for name in ("num_heads", "intermediate"):
+        world_size = _integer("ModelShape", "world_size", world_size, 1)
+        for name in ("num_heads", "num_kv_heads", "intermediate"):
             if getattr(self, name) % world_size:
                 raise ValueError(f"ModelShape: world_size {world_size} must divide {name}={getattr(self, name)}")
         return world_size
@@ -97,7 +114,9 @@ class SplitPlan:
     exposed_ctas: CTAs of the collectives that nothing hides.
     launch: "graph" or "eager", which host costs the prediction counts.
     predicted_us: of the whole forward pass, by mode: "reference" (all-reduce, add, norm), "fused", "no_communication"
-        (reference without its all-reduces: wrong results, but a bound), and "weave" if the batch can be split.
+        (reference without its all-reduces: wrong results), and "weave" if the batch can be split.
+
+    Raises ValueError for fields that contradict each other.
     """
 
     num_tokens: int
@@ -108,6 +127,19 @@ class SplitPlan:
     exposed_ctas: int
     launch: str
     predicted_us: Mapping[str, float] = field(compare=False)
+
+    def __post_init__(self):
+        for name in ("num_tokens", "split", "attention_ctas", "mlp_ctas", "exposed_ctas"):
+            number = _integer("SplitPlan", name, getattr(self, name), int(name == "num_tokens"))
+            object.__setattr__(self, name, number)
+        if self.kind not in KINDS:
+            raise ValueError(f"SplitPlan: kind must be one of {', '.join(KINDS)}, got {self.kind!r}")
+        if self.launch not in LAUNCHES:
+            raise ValueError(f"SplitPlan: launch must be one of {', '.join(LAUNCHES)}, got {self.launch!r}")
+        if self.kind != "split" and self.split:
+            raise ValueError(f"SplitPlan: split must be 0 where kind is {self.kind!r}, got {self.split}")
+        if self.kind == "split" and not 0 < self.split < self.num_tokens:
+            raise ValueError(f"SplitPlan: split must be inside the batch, 1 to {self.num_tokens - 1}, got {self.split}")
 
     @property
     def hash(self) -> int:
@@ -126,10 +158,13 @@ class SplitOverride:
     mlp_ctas: int
 
     def __post_init__(self):
-        for name, value in vars(self).items():
-            low = 0 if name == "offset" else 1
-            if not isinstance(value, int) or isinstance(value, bool) or value < low:
-                raise ValueError(f"SplitOverride: {name} must be an integer of at least {low}, got {value!r}")
+        object.__setattr__(self, "offset", _integer("SplitOverride", "offset", self.offset, 0))
+        for name in ("attention_ctas", "mlp_ctas"):
+            object.__setattr__(self, name, _integer("SplitOverride", name, getattr(self, name), 1, MAX_CTAS))
+
+
+def _padded(num_tokens: int) -> int:
+    return -(-num_tokens // PUBLISHED_PADDING) * PUBLISHED_PADDING
 
 
 def published_split(num_tokens: int, offset: int = 0) -> tuple[int, int, int, int]:
@@ -140,9 +175,8 @@ def published_split(num_tokens: int, offset: int = 0) -> tuple[int, int, int, in
 
     Raises ValueError if the batch is smaller, or the split leaves no real row to the second half.
     """
-    if num_tokens < PUBLISHED_MIN_TOKENS:
-        raise ValueError(f"published_split: num_tokens must be at least {PUBLISHED_MIN_TOKENS}, got {num_tokens}")
-    padded = -(-num_tokens // PUBLISHED_PADDING) * PUBLISHED_PADDING
+    num_tokens = _integer("published_split", "num_tokens", num_tokens, PUBLISHED_MIN_TOKENS)
+    padded = _padded(num_tokens)
     split = padded // 2 + offset
     if not 0 < split < num_tokens:
         raise ValueError(
@@ -175,17 +209,18 @@ def plan_token_split(
             ``context`` must be 0. The first half is the first rows of their concatenation.
         launch: "graph" (a replayed CUDA graph) or "eager": what the host costs.
         overrides: see :func:`load_overrides`. The entry nearest to ``num_tokens`` decides; batches of fewer than 1024
-            tokens are then never split, as in the published rule.
+            tokens are then never split, as in the published rule. Where that entry's split would leave a larger batch,
+            the planner chooses as if there were no table: no batch of a running server fails because of one.
 
     Raises ValueError for arguments that describe no batch, or ranks that cannot share the model.
     """
-    if launch not in ("graph", "eager"):
-        raise ValueError(f"plan_token_split: launch must be 'graph' or 'eager', got {launch!r}")
-    requests = _check_batch("plan_token_split", num_tokens, context, requests)
+    if launch not in LAUNCHES:
+        raise ValueError(f"plan_token_split: launch must be one of {', '.join(LAUNCHES)}, got {launch!r}")
+    num_tokens, requests = _check_batch("plan_token_split", num_tokens, context, requests)
     cost = CostModel(model_shape, model_shape.check_world_size(world_size), hardware)
     num_layers, exposed_ctas = model_shape.num_layers, hardware.link.exposed(num_tokens)
 
-    whole, _ = attention_halves(requests, np.float64(num_tokens))
+    whole, _ = attention_halves(requests, np.float64(num_tokens), hardware.attention_tile_rows)
     rows, all_sms = np.float64(num_tokens), np.float64(hardware.num_sms)
     attention, mlp = cost.attention_block(rows, whole, all_sms), cost.mlp_block(rows, all_sms)
     tensor_us = float(num_layers * (attention.tensor_us + mlp.tensor_us))
@@ -197,12 +232,13 @@ def plan_token_split(
         "fused": (tensor_us, other_us + norms * (collective_us if world_size > 1 else norm_us)),
         "no_communication": (tensor_us, other_us + norms * norm_us),
     }
-    override = overrides[min(sorted(overrides), key=lambda key: abs(key - num_tokens))] if overrides else None
+    override = _override_for(num_tokens, overrides)
     choice = _best_split(cost, requests, num_tokens, override) if world_size > 1 else None
     predicted_us = {mode: cost.at_power_limit_us(*parts_us) for mode, parts_us in device_us.items()}
     if choice is not None:
         predicted_us["weave"] = choice.layers_us + cost.ends_us()  # both lanes busy: the sustained clock
-    predicted_us = {mode: max(us, cost.host_us(mode, launch)) for mode, us in predicted_us.items()}
+    calls = attention_calls(requests)
+    predicted_us = {mode: max(us, cost.host_us(mode, launch, calls)) for mode, us in predicted_us.items()}
 
     kind, best_us = "none", predicted_us["reference"]
     if world_size > 1 and predicted_us["fused"] < best_us:
@@ -213,26 +249,34 @@ def plan_token_split(
     return SplitPlan(num_tokens, kind, *where, exposed_ctas, launch, predicted_us)
 
 
+def _override_for(num_tokens: int, overrides: Mapping[int, SplitOverride] | None) -> SplitOverride | None:
+    """The nearest entry, of two as near that of fewer tokens; None if its split would leave the batch."""
+    if not overrides:
+        return None
+    override = overrides[min(sorted(overrides), key=lambda key: abs(key - num_tokens))]
+    fits = _padded(num_tokens) // 2 + override.offset < num_tokens
+    return override if fits or num_tokens < PUBLISHED_MIN_TOKENS else None
+
+
 def _check_batch(
     op: str, num_tokens: int, context: int, requests: Sequence[tuple[int, int]] | None
-) -> Sequence[tuple[int, int]]:
-    if num_tokens < 1:
-        raise ValueError(f"{op}: num_tokens must be positive, got {num_tokens}")
-    if context < 0:
-        raise ValueError(f"{op}: context must be at least 0, got {context}")
+) -> tuple[int, np.ndarray]:
+    """Returns num_tokens, and (query_len, kv_len) of all requests."""
+    num_tokens, context = _integer(op, "num_tokens", num_tokens, 1), _integer(op, "context", context, 0)
     if requests is None:
-        return ((num_tokens, context + num_tokens),)
+        return num_tokens, np.array([(num_tokens, context + num_tokens)], dtype=np.float64)
     if context:
         raise ValueError(f"{op}: context must be 0 where requests are given, got {context}")
+    checked = []
     for index, (query_len, kv_len) in enumerate(requests):
-        if not 0 < query_len <= kv_len:
-            raise ValueError(
-                f"{op}: requests[{index}] must have 0 < query_len <= kv_len, got query_len {query_len}, kv_len {kv_len}"
-            )
-    total = sum(query_len for query_len, _ in requests)
+        if not (type(query_len) is type(kv_len) is int and 0 < query_len <= kv_len):
+            query_len = _integer(op, f"requests[{index}]: query_len", query_len, 1)
+            kv_len = _integer(op, f"requests[{index}]: kv_len", kv_len, query_len)
+        checked.append((query_len, kv_len))
+    total = sum(query_len for query_len, _ in checked)
     if total != num_tokens:
         raise ValueError(f"{op}: requests must have num_tokens={num_tokens} queries together, got {total}")
-    return requests
+    return num_tokens, np.array(checked, dtype=np.float64)
 
 
 def _candidates(num_tokens: int, step: int) -> np.ndarray:
@@ -262,9 +306,12 @@ def plan_gemm_split(
 
     Returns:
         the rows of the first half; None where both halves cannot be multiples of the profile's ``split_step``.
+
+    Raises ValueError without rows, or without GEMMs.
     """
-    if num_tokens < 1:
-        raise ValueError(f"plan_gemm_split: num_tokens must be positive, got {num_tokens}")
+    num_tokens = _integer("plan_gemm_split", "num_tokens", num_tokens, 1)
+    if not gemms:
+        raise ValueError(f"plan_gemm_split: gemms must hold at least one (features, inner size), got {gemms!r}")
     splits = _candidates(num_tokens, hardware.split_step)
     if not splits.size:
         return None
@@ -281,7 +328,7 @@ class _Choice(NamedTuple):
 
 
 def _best_split(
-    cost: CostModel, requests: Sequence[tuple[int, int]], num_tokens: int, override: SplitOverride | None
+    cost: CostModel, requests: np.ndarray, num_tokens: int, override: SplitOverride | None
 ) -> _Choice | None:
     """The fastest split, or the override's; None if the batch cannot be split."""
     if override is None:
@@ -341,7 +388,7 @@ def weave_pass(
     """What the pieces of a split plan are predicted to take, for who wants to draw or replay the schedule."""
     if plan.kind != "split":
         raise ValueError(f"weave_pass: plan must be a split, got kind {plan.kind!r}")
-    requests = _check_batch("weave_pass", plan.num_tokens, context, requests)
+    _, requests = _check_batch("weave_pass", plan.num_tokens, context, requests)
     cost = CostModel(model_shape, model_shape.check_world_size(world_size), hardware)
     times = weave_times(cost, requests, plan.num_tokens, [plan.split], [plan.attention_ctas], [plan.mlp_ctas])
 

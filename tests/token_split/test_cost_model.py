@@ -7,7 +7,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tokenweave_ops._cost_model import AttentionWork, CostModel, attention_halves, overlap_us
+from tokenweave_ops._cost_model import (
+    AttentionWork,
+    CostModel,
+    attention_calls,
+    attention_halves,
+    overlap_us,
+    weave_times,
+)
 from tokenweave_ops.token_split import H100, ModelShape, gemm_us
 
 DENSE = ModelShape(8192, 28672, 80, 64, 8, 128, 128256)
@@ -79,6 +86,7 @@ def test_measured_gemms_come_before_the_model():
     # Beyond the samples, and on fewer multiprocessors, the model says how much more it takes.
     ratio = gemm_us(2048, 7168, 8192, H100) / gemm_us(1024, 7168, 8192, H100)
     assert gemm_us(2048, 7168, 8192, measured) == pytest.approx(180.0 * ratio)
+    assert gemm_us(np.array([512, 2048]), 7168, 8192, measured).tolist() == pytest.approx([100.0, 180.0 * ratio])
     ratio = gemm_us(1024, 7168, 8192, H100, sms=100) / gemm_us(1024, 7168, 8192, H100)
     assert gemm_us(1024, 7168, 8192, measured, sms=100) == pytest.approx(180.0 * ratio)
     assert ratio > 1
@@ -99,18 +107,23 @@ def test_experts_read_their_weights_once_per_half():
 # ----------------------------------------------------------------------------------------------------------- attention
 
 
+TILE_ROWS = 16
+
+
 def counted(requests, begin, end):
-    """(queries, pairs, longest_kv, kv_tokens) of rows [begin, end), one query at a time."""
-    row, queries, pairs, longest, total = 0, 0, 0, 0, 0
+    """(queries, pairs, longest_tile, kv_tokens) of rows [begin, end), one query at a time."""
+    row, queries, pairs, tile, total = 0, 0, 0, 0, 0
     for query_len, kv_len in requests:
-        last = 0
+        last, mine = 0, 0
         for i in range(query_len):
             if begin <= row < end:
-                last = kv_len - query_len + i + 1
-                queries, pairs = queries + 1, pairs + last
+                last, mine = kv_len - query_len + i + 1, mine + 1
+                pairs += last
             row += 1
-        longest, total = max(longest, last), total + last
-    return queries, pairs, longest, total
+        if query_len >= TILE_ROWS:
+            tile = max(tile, min(mine, TILE_ROWS) * last)
+        queries, total = queries + mine, total + last
+    return queries, pairs, tile, total
 
 
 @given(
@@ -122,25 +135,69 @@ def counted(requests, begin, end):
 def test_attention_work_of_both_halves(requests, data):
     num_tokens = sum(query_len for query_len, _ in requests)
     split = data.draw(st.integers(0, num_tokens))
-    first, second = attention_halves(requests, np.float64(split))
+    first, second = attention_halves(np.array(requests, dtype=float), np.float64(split), TILE_ROWS)
     assert tuple(map(float, first)) == counted(requests, 0, split)
     assert tuple(map(float, second)) == counted(requests, split, num_tokens)
 
 
 def test_attention_work_of_a_known_batch():
     """Requests of 700, 500 and 100 new tokens, cut at 768: 68 of the second are in the first half."""
-    requests = [(700, 700), (500, 900), (100, 100)]
-    first, second = attention_halves(requests, np.array([768]))
-    assert (first.queries[0], first.longest_kv[0], first.kv_tokens[0]) == (768, 700, 700 + 468)
-    assert (second.queries[0], second.longest_kv[0], second.kv_tokens[0]) == (532, 900, 900 + 100)
+    requests = np.array([(700.0, 700.0), (500.0, 900.0), (100.0, 100.0)])
+    first, second = attention_halves(requests, np.array([768]), 128)
+    assert (first.queries[0], first.longest_tile[0], first.kv_tokens[0]) == (768, 128 * 700, 700 + 468)
+    assert (second.queries[0], second.longest_tile[0], second.kv_tokens[0]) == (532, 128 * 900, 900 + 100)
 
 
-def test_attention_is_bound_by_arithmetic_by_the_longest_tile_or_by_reads():
+def attention_us(requests, sms=132):
+    whole, _ = attention_halves(np.array(requests, dtype=float), np.float64(1e9), H100.attention_tile_rows)
+    return float(CostModel(DENSE, 8, H100).attention_us(whole, sms)) - H100.kernel_us
+
+
+@pytest.mark.parametrize("query_len", [1, 8])
+def test_decoding_takes_as_long_as_its_keys_and_values_are_read(query_len):
+    read_us = 2 * 1_000_000 * 128 * 2 / (H100.hbm_gb_s * 1e3)  # of the rank's one head of keys and of values
+    assert 170 < read_us < 171
+    assert attention_us([(query_len, 1_000_000)]) == pytest.approx(read_us)
+    assert attention_us([(query_len, 1_000_000)] * 5) == pytest.approx(5 * read_us)
+
+
+def test_one_long_prompt_among_short_ones_is_bound_by_its_longest_tile():
+    """Eight heads of one tile keep eight of 132 multiprocessors busy, whatever the rest have done."""
+    tile_us = 4 * 128 * 128 * 100_000 / (H100.attention_tflops * 1e6 / 132)
+    assert attention_us([(128, 100_000)] + [(64, 64)] * 8) == pytest.approx(tile_us)
+    assert attention_us([(128, 100_000)], sms=66) == pytest.approx(tile_us)
+    # More tiles than multiprocessors: all of the arithmetic takes longer than any one of them.
+    assert attention_us([(8192, 100_000)]) > 2 * tile_us
+
+
+def test_cutting_a_request_does_not_hide_its_tile():
+    whole = attention_us([(190, 500_000)])
+    halves = attention_halves(np.array([(190.0, 500_000.0)]), np.float64(95), H100.attention_tile_rows)
+    halves_us = [float(CostModel(DENSE, 8, H100).attention_us(half, 132)) for half in halves]
+    assert sum(halves_us) > whole
+
+
+def test_attention_calls():
+    """All requests of one new token share one; the host launches what the others need."""
+    for requests, calls in (
+        ([(9, 9)], 1),
+        ([(1, 9)] * 64, 1),
+        ([(1, 9)] * 64 + [(2, 9), (3, 3)], 3),
+        ([(2, 2)] * 4, 4),
+    ):
+        assert attention_calls(np.array(requests)) == calls
+    cost = CostModel(DENSE, 8, H100)
+    for mode in ("reference", "fused", "no_communication", "weave"):
+        further_us = cost.host_us(mode, "eager", 4) - cost.host_us(mode, "eager", 1)
+        assert further_us == pytest.approx(80 * 3 * 4 * H100.eager_launch_us)
+
+
+def test_attention_is_bound_by_arithmetic_by_the_largest_tile_or_by_reads():
     shape = replace(DENSE, num_heads=8, num_kv_heads=8, intermediate=28672)
     cost = CostModel(shape, 1, PLAIN)
 
-    def us(queries, pairs, longest, kv_tokens, model=cost):
-        return float(model.attention_us(AttentionWork(*map(float, (queries, pairs, longest, kv_tokens))), 4.0))
+    def us(queries, pairs, tile, kv_tokens, model=cost):
+        return float(model.attention_us(AttentionWork(*map(float, (queries, pairs, tile, kv_tokens))), 4.0))
 
     flops = 4 * 128 * 8 * 1000
     assert us(100, 1000, 10, 10) == pytest.approx(flops / 4e6)
@@ -163,6 +220,15 @@ def test_overlap():
 def test_overlap_is_between_its_bounds(free, slower, collective):
     us = float(overlap_us(free, free * slower, collective))
     assert max(free, collective) * (1 - 1e-12) <= us <= max(free * slower, collective) * (1 + 1e-12)
+
+
+@pytest.mark.parametrize("ctas", [4, 16])
+def test_collectives_that_take_every_multiprocessor_stop_compute(ctas):
+    requests, choices = np.array([(1024.0, 1024.0)]), [1, ctas]
+    with np.errstate(all="raise"):
+        times = weave_times(CostModel(DENSE, 8, PLAIN), requests, 1024, [512], choices, choices)
+    for beside_us in (times.attention_beside_us, times.mlp_beside_us):
+        assert np.isfinite(beside_us[:, 0]).all() and np.isinf(beside_us[:, 1]).all()
 
 
 def test_the_power_limit():

@@ -80,6 +80,10 @@ def test_bad_files(text, words):
         HardwareProfile.from_json(text, "here")
 
 
+def test_exposed_collectives_of_large_batches_have_more_ctas():
+    assert [H100.link.exposed(num_tokens) for num_tokens in (1, 8191, 8192, 8193)] == [16, 16, 32, 32]
+
+
 def test_bad_numbers():
     with pytest.raises(ValueError, match="LinkModel: link_gb_s must be positive, got nan"):
         LinkModel(link_gb_s=math.nan, latency_us=1.0)

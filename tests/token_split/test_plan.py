@@ -6,6 +6,7 @@ import subprocess
 import sys
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -16,6 +17,8 @@ from tokenweave_ops.token_split import (
     ModelShape,
     SplitOverride,
     SplitPlan,
+    _candidates,
+    _most_even,
     cpu_profile,
     gemm_us,
     load_overrides,
@@ -121,6 +124,28 @@ def test_of_equally_good_splits_the_most_even_one():
     assert plan_token_split(512, 0, short_sighted, 2, fast).split == 256
 
 
+def test_splits_within_a_tenth_of_a_percent_are_equally_good():
+    splits, total_us = np.array([1792, 2048]), np.array([1000.0, 1000.9])
+    assert _most_even(splits, total_us, 4096) == 1
+    assert _most_even(splits, total_us + np.array([0.0, 0.2]), 4096) == 0
+
+
+@pytest.mark.parametrize(("num_tokens", "step"), [(1024, 64), (4096, 64), (8192, 128), (65536, 1024)])
+def test_candidates_are_few_and_large_batches_stay_on_multiples_of_large_tiles(num_tokens, step):
+    splits = _candidates(num_tokens, 64)
+    assert splits.size <= 33
+    assert (np.diff(splits) == step).all() and (splits % step == 0).all()
+    assert 0.37 * num_tokens <= splits[0] < 0.37 * num_tokens + step
+    assert 0.63 * num_tokens - step < splits[-1] <= 0.63 * num_tokens
+
+
+def test_a_split_that_saves_nothing_is_not_taken():
+    """Outside its layers the pass takes so long that no float tells the modes apart."""
+    us = (plan := plan_token_split(4096, 0, LLAMA, 8, replace(H100, pass_us=1e24))).predicted_us
+    assert us["weave"] == us["fused"] == us["reference"]
+    assert plan.kind == "none"
+
+
 def test_ties_go_to_the_simpler_mode():
     """Norms and a link that cost nothing: fusing saves nothing, and nothing is left to hide."""
     link = replace(H100.link, link_gb_s=1e30, latency_us=0.0, cta_gb_s=1e30, stream_gb_s=1e30)
@@ -156,7 +181,7 @@ def test_any_batch_has_a_plan_inside_it(requests):
     plan = plan_token_split(num_tokens, 0, LLAMA, 8, H100, requests=requests)
     assert all(us > 0 for us in plan.predicted_us.values())
     assert 0 < plan.split < num_tokens if plan.kind == "split" else plan.split == 0
-    # Without communication nothing right comes out: that is a bound, not a choice.
+    # Without communication nothing right comes out: that is no choice.
     modes = [mode for mode in plan.predicted_us if mode != "no_communication"]
     chosen = {"none": "reference", "fuse": "fused", "split": "weave"}[plan.kind]
     assert plan.predicted_us[chosen] == min(plan.predicted_us[mode] for mode in modes)
@@ -177,9 +202,24 @@ def test_the_hash_is_that_of_the_decision():
     assert plan.hash == replace(plan, predicted_us={"weave": 2.0}).hash
     assert plan.hash == replace(plan, launch="eager").hash  # how each rank launches is its own affair
     assert 0 <= plan.hash < 2**63
-    others = {"num_tokens": 4097, "kind": "fuse", "split": 1793, "attention_ctas": 4, "mlp_ctas": 8, "exposed_ctas": 32}
+    others = {"num_tokens": 4097, "split": 1793, "attention_ctas": 4, "mlp_ctas": 8, "exposed_ctas": 32}
     hashes = {plan.hash} | {replace(plan, **{name: value}).hash for name, value in others.items()}
-    assert len(hashes) == 1 + len(others)
+    hashes |= {replace(plan, kind=kind, split=0).hash for kind in ("none", "fuse")}
+    assert len(hashes) == 1 + len(others) + 2
+
+
+def test_equal_plans_of_numpy_integers_have_equal_hashes():
+    plan = plan_token_split(4096, 100, LLAMA, 8, H100)
+    for integer in (np.int64, np.int32, np.uint16):
+        same = plan_token_split(integer(4096), integer(100), LLAMA, integer(8), H100)
+        assert (same, same.hash, type(same.num_tokens)) == (plan, plan.hash, int)
+        lengths = [(integer(96), integer(100)), (integer(4000), integer(4000))]
+        by_requests = plan_token_split(4096, 0, LLAMA, 8, H100, requests=lengths)
+        assert by_requests.hash == plan_token_split(4096, 0, LLAMA, 8, H100, requests=[(96, 100), (4000, 4000)]).hash
+        assert replace(plan, split=integer(plan.split), mlp_ctas=integer(plan.mlp_ctas)).hash == plan.hash
+        table = {4096: SplitOverride(integer(256), integer(8), integer(4))}
+        overridden = plan_token_split(4096, 0, LLAMA, 8, H100, overrides=table)
+        assert overridden.hash == replace(plan, split=2304, attention_ctas=8, mlp_ctas=4).hash
 
 
 def test_another_process_plans_the_same():
@@ -217,9 +257,21 @@ def test_overrides_replace_the_decision():
     assert plan_token_split(1024, 0, MIXTRAL, 8, H100, overrides=table).kind == "split"
 
 
-def test_an_override_cannot_split_outside_the_batch():
-    with pytest.raises(ValueError, match="published_split: offset must keep the split inside the batch of 1024 tokens"):
-        plan_token_split(1024, 0, LLAMA, 8, H100, overrides={1024: SplitOverride(512, 4, 4)})
+def test_of_two_overrides_as_near_that_of_fewer_tokens_decides():
+    table = {4096: SplitOverride(256, 8, 4), 2048: SplitOverride(128, 4, 2)}
+    plan = plan_token_split(3072, 0, LLAMA, 8, H100, overrides=table)
+    assert (plan.split, plan.attention_ctas, plan.mlp_ctas) == (published_split(3072, 128)[1], 4, 2)
+
+
+def test_an_override_that_would_split_outside_the_batch_is_left_out():
+    """A table for large batches, and one small batch: it must not stop a server."""
+    table = {8192: SplitOverride(640, 4, 4)}
+    assert plan_token_split(1100, 0, LLAMA, 8, H100, overrides=table) == plan_token_split(1100, 0, LLAMA, 8, H100)
+    for num_tokens in (1024, 1100, 1280):  # 1280 tokens: the split would be at their end
+        plan = plan_token_split(num_tokens, 0, LLAMA, 8, H100, overrides=table)
+        assert plan == plan_token_split(num_tokens, 0, LLAMA, 8, H100)
+    assert plan_token_split(1500, 0, LLAMA, 8, H100, overrides=table).split == 768 + 640
+    assert plan_token_split(1023, 0, LLAMA, 8, H100, overrides=table).kind == "fuse"
 
 
 def test_override_files(tmp_path):
@@ -240,10 +292,17 @@ def test_override_files(tmp_path):
             '{"1024": {"offset": -1, "attention_ctas": 4, "mlp_ctas": 4}}',
             "1024: SplitOverride: offset must be an integer of at least 0",
         ),
-        ('{"1024": {"offset": 0, "attention_ctas": true, "mlp_ctas": 4}}', "attention_ctas must be an integer of at"),
+        (
+            '{"1024": {"offset": 0, "attention_ctas": true, "mlp_ctas": 4}}',
+            "attention_ctas must be an integer from 1 to",
+        ),
         (
             '{"1024": {"offset": 0, "attention_ctas": 4, "mlp_ctas": 0}}',
-            "mlp_ctas must be an integer of at least 1, got",
+            "mlp_ctas must be an integer from 1 to 128, got 0",
+        ),
+        (
+            '{"1024": {"offset": 0, "attention_ctas": 129, "mlp_ctas": 4}}',
+            "attention_ctas must be an integer from 1 to 128, got 129",
         ),
     ],
 )
@@ -260,13 +319,41 @@ def test_bad_override_files(tmp_path, text, words):
 @pytest.mark.parametrize(
     ("arguments", "options", "words"),
     [
-        ((0, 0, LLAMA, 8, H100), {}, "plan_token_split: num_tokens must be positive, got 0"),
-        ((8, -1, LLAMA, 8, H100), {}, "plan_token_split: context must be at least 0, got -1"),
-        ((8, 0, LLAMA, 0, H100), {}, "ModelShape: world_size must be positive, got 0"),
+        ((0, 0, LLAMA, 8, H100), {}, "plan_token_split: num_tokens must be an integer of at least 1, got 0"),
+        ((100.5, 0, LLAMA, 8, H100), {}, "plan_token_split: num_tokens must be an integer of at least 1, got 100.5"),
+        ((True, 0, LLAMA, 8, H100), {}, "plan_token_split: num_tokens must be an integer of at least 1, got True"),
+        (
+            (float("nan"), 0, LLAMA, 8, H100),
+            {},
+            "plan_token_split: num_tokens must be an integer of at least 1, got nan",
+        ),
+        ((8, -1, LLAMA, 8, H100), {}, "plan_token_split: context must be an integer of at least 0, got -1"),
+        ((8, 0.5, LLAMA, 8, H100), {}, "plan_token_split: context must be an integer of at least 0, got 0.5"),
+        ((8, 0, LLAMA, 0, H100), {}, "ModelShape: world_size must be an integer of at least 1, got 0"),
+        ((8, 0, LLAMA, True, H100), {}, "ModelShape: world_size must be an integer of at least 1, got True"),
         ((8, 0, LLAMA, 6, H100), {}, "ModelShape: world_size 6 must divide num_heads=64"),
-        ((8, 0, LLAMA, 8, H100), {"launch": "lazy"}, "plan_token_split: launch must be 'graph' or 'eager', got 'lazy'"),
+        ((8, 0, LLAMA, 16, H100), {}, "ModelShape: world_size 16 must divide num_kv_heads=8"),
+        (
+            (8, 0, LLAMA, 8, H100),
+            {"launch": "lazy"},
+            "plan_token_split: launch must be one of graph, eager, got 'lazy'",
+        ),
+        (
+            (8, 0, LLAMA, 8, H100),
+            {"requests": [(8.0, 8)]},
+            r"requests\[0\]: query_len must be an integer of at least 1",
+        ),
+        (
+            (8, 0, LLAMA, 8, H100),
+            {"requests": [(7, 7), (1, True)]},
+            r"requests\[1\]: kv_len must be an integer of at le",
+        ),
         ((8, 0, LLAMA, 8, H100), {"requests": [(4, 4)]}, "requests must have num_tokens=8 queries together, got 4"),
-        ((8, 0, LLAMA, 8, H100), {"requests": [(8, 7)]}, r"requests\[0\] must have 0 < query_len <= kv_len, got"),
+        (
+            (8, 0, LLAMA, 8, H100),
+            {"requests": [(8, 7)]},
+            r"requests\[0\]: kv_len must be an integer of at least 8, got 7",
+        ),
         ((8, 5, LLAMA, 8, H100), {"requests": [(8, 9)]}, "context must be 0 where requests are given, got 5"),
     ],
 )
@@ -282,6 +369,26 @@ def test_bad_shapes():
         replace(MIXTRAL, experts_per_token=9)
     with pytest.raises(ValueError, match="ModelShape: num_kv_heads must divide num_heads=64, got 7"):
         replace(LLAMA, num_kv_heads=7)
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"kind": "half"}, "kind must be one of none, fuse, split, got 'half'"),
+        ({"launch": "lazy"}, "launch must be one of graph, eager, got 'lazy'"),
+        ({"kind": "none"}, "split must be 0 where kind is 'none', got 5"),
+        ({"kind": "fuse"}, "split must be 0 where kind is 'fuse', got 5"),
+        ({"split": 0}, "split must be inside the batch, 1 to 11, got 0"),
+        ({"split": 12}, "split must be inside the batch, 1 to 11, got 12"),
+        ({"split": 2.5}, "split must be an integer of at least 0, got 2.5"),
+        ({"mlp_ctas": -1}, "mlp_ctas must be an integer of at least 0, got -1"),
+        ({"num_tokens": 0}, "num_tokens must be an integer of at least 1, got 0"),
+    ],
+)
+def test_plans_that_contradict_themselves(changes, words):
+    plan = SplitPlan(12, "split", 5, 4, 2, 16, "eager", {})
+    with pytest.raises(ValueError, match=f"^SplitPlan: {words}"):
+        replace(plan, **changes)
 
 
 def test_a_pass_that_is_not_split_has_no_halves():
@@ -317,5 +424,7 @@ def test_a_gemm_split_is_the_fastest_of_all_and_the_most_even_of_the_fastest(num
 
 def test_rows_that_cannot_be_split():
     assert plan_gemm_split(64, GEMMS, H100) is None
-    with pytest.raises(ValueError, match="plan_gemm_split: num_tokens must be positive, got 0"):
+    with pytest.raises(ValueError, match="plan_gemm_split: num_tokens must be an integer of at least 1, got 0"):
         plan_gemm_split(0, GEMMS, H100)
+    with pytest.raises(ValueError, match="plan_gemm_split: gemms must hold at least one .features, inner size., got"):
+        plan_gemm_split(1000, [], H100)

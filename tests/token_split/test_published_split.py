@@ -42,7 +42,7 @@ def test_smallest_second_half(offset, smallest):
 
 
 def test_split_outside_the_batch():
-    with pytest.raises(ValueError, match="published_split: num_tokens must be at least 1024, got 1023"):
+    with pytest.raises(ValueError, match="published_split: num_tokens must be an integer of at least 1024, got 1023"):
         published_split(1023)
     with pytest.raises(
         ValueError, match="offset must keep the split inside the batch of 1024 tokens, got 512: split at"

@@ -121,9 +121,11 @@ def test_only_the_fit_rows_move_the_constants(refitted, monkeypatch):
     for name in mixtrals_own:
         assert getattr(again, name) != pytest.approx(getattr(refitted, name), rel=1e-2), name
     rows = [row for model in published.LATENCY_MS for row in fitting.latency_rows(H100, model)]
-    assert [(r.model, r.mode, r.num_tokens) for r in rows if r.is_fit] == [
-        ("llama-3.3-70b", "no_communication", tokens) for tokens in (1024, 2048, 4096, 8192)
-    ]
+    assert {(r.model, r.mode, r.num_tokens) for r in rows if r.is_fit} == {
+        *(("llama-3.3-70b", "no_communication", tokens) for tokens in (1024, 2048, 4096, 8192)),
+        ("mixtral-8x22b", "weave", 1024),
+        ("mixtral-8x22b", "no_communication", 8192),
+    }
 
 
 def test_held_out_latencies():
@@ -193,9 +195,12 @@ def test_command(tmp_path, capsys):
 def test_check_prints_what_the_documents_state(tmp_path, capsys):
     simulated("--tokens", 1024, "--check", "--output", tmp_path)
     printed = capsys.readouterr().out
-    for words in ("gemm_tflops", "stream_gb_s", "mixtral-8x22b", "split tax"):
-        assert words in printed
+    for words in ("gemm_tflops", "stream_gb_s", "mixtral-8x22b (held out but for weave at 1024 tokens)", "split tax"):
+        assert words in " ".join(printed.split())
     document = (Path(__file__).parents[3] / "docs" / "planner.md").read_text(encoding="utf-8")
+    for row in simulate.experts_rows(H100):
+        assert f"| {' | '.join(row)} |" in document
+        assert all(cell in printed for cell in row)
     sums = [line for line in printed.splitlines() if line.startswith(("Held-out latencies", "Speed-ups, "))]
     assert len(sums) == 4
     for line in sums:
@@ -207,6 +212,22 @@ def test_check_prints_what_the_documents_state(tmp_path, capsys):
             assert f"{row.predicted:.3f} / " in document, row
     for row in fitting.split_tax_rows(H100):
         assert f"| {row.tax:.3f} " in document, row
+
+
+def test_sensitivity_is_what_the_documents_state(tmp_path, capsys):
+    simulated("--tokens", 1024, "--sensitivity", "--output", tmp_path)
+    printed = capsys.readouterr().out
+    document = (Path(__file__).parents[3] / "docs" / "planner.md").read_text(encoding="utf-8").replace("`", "")
+    rows = simulate.sensitivity_rows(H100)
+    assert len(rows) == 14
+    for row in rows:
+        assert f"| {' | '.join(row)} |" in document
+        assert all(cell in printed for cell in row[1:])
+
+
+def test_constants_are_fitted_again_under_each_assumption():
+    rows = {name: cells for name, *cells in simulate.sensitivity_rows(replace(H100, gemm_tflops=300.0, pass_us=5000.0))}
+    assert rows == {name: cells for name, *cells in simulate.sensitivity_rows(H100)}
 
 
 @pytest.mark.parametrize("gpus", [1, 4])

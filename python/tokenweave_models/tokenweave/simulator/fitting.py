@@ -1,7 +1,8 @@
 """Fits the constants of the built-in "h100" profile to published numbers, and says how far off the model then is.
 
 Two constants come from the Llama latencies without communication at 8192 tokens or fewer; those of the link and the
-norm come from kernel times. Everything else that was published is held out.
+norm come from kernel times; two that only a mixture of experts has come from Mixtral's own latencies (FIT_ROWS).
+Everything else that was published is held out.
 """
 
 from __future__ import annotations
@@ -16,10 +17,23 @@ from tokenweave_models.tokenweave.simulator import published
 from tokenweave_models.tokenweave.simulator.model_shapes import MODEL_SHAPES
 from tokenweave_ops import HardwareProfile, SplitOverride, gemm_us, plan_token_split
 
-FIT_MODEL, FIT_MAX_TOKENS = "llama-3.3-70b", 8192
 DENSE_MODELS = ("llama-3.3-70b", "qwen2.5-72b")
 MODES = ("reference", "no_communication", "weave")
-
+# (tokens, mode) of the latencies that constants are fitted to.
+FIT_ROWS = {
+    "llama-3.3-70b": [(num_tokens, "no_communication") for num_tokens in (1024, 2048, 4096, 8192)],
+    "mixtral-8x22b": [(1024, "weave"), (8192, "no_communication")],
+}
+# Fields of the profile that are neither measured nor fitted, and what else one might have assumed.
+OTHER_ASSUMPTIONS = {
+    **{f"low_power_share {share}": {"low_power_share": share} for share in (0.3, 0.4, 0.6, 0.7)},
+    "no clock term (low_power_share 1)": {"low_power_share": 1.0},
+    "without the 128x192 tiles": {"gemm_tiles": ((128, 256), (256, 128), (128, 128))},
+    **{f"gemm_wave_us {us}": {"gemm_wave_us": us} for us in (0, 5)},
+    **{f"gemm_operand_rows {rows}": {"gemm_operand_rows": rows} for rows in (0, 32)},
+    **{f"kernel_us {us}": {"kernel_us": us} for us in (1, 5)},
+    "attention 10 % slower": {"attention_tflops": 0.9 * 632},
+}
 
 FITTED = ("gemm_tflops", "pass_us", "norm_gb_s", "hbm_gb_s", "moe_gemm_efficiency", "moe_launch_us")
 FITTED_LINK = ("link_gb_s", "latency_us", "cta_gb_s", "stream_gb_s")
@@ -99,7 +113,7 @@ def fit_compute(profile: HardwareProfile) -> HardwareProfile:
         return replace(profile, gemm_tflops=values[0], pass_us=values[1])
 
     def rows_of(values: Sequence[float]) -> Rows:
-        rows = latency_rows(with_values(values), FIT_MODEL, fit_only=True)
+        rows = latency_rows(with_values(values), "llama-3.3-70b", fit_only=True)
         return [(row.predicted_ms, row.published_ms) for row in rows]
 
     return with_values(least_squares(rows_of, [600.0, 1000.0]))
@@ -111,18 +125,13 @@ def fit_mixtral(profile: HardwareProfile) -> HardwareProfile:
     The rate of its grouped GEMMs from the latency without communication at 8192 tokens; the host time of a routed block
     from the weave latency at 1024, which is nearly that at 2048 and so is the host's, not the device's.
     """
-    name = "mixtral-8x22b"
-    latency_ms = dict(zip(published.TOKENS, published.LATENCY_MS[name]["no_communication"], strict=True))[8192]
-    floor_ms = published.LATENCY_MS[name]["weave"][0]
 
     def with_values(values: Sequence[float]) -> HardwareProfile:
         return replace(profile, moe_gemm_efficiency=values[0], moe_launch_us=values[1])
 
     def rows_of(values: Sequence[float]) -> Rows:
-        tried = with_values(values)
-        predicted_us = as_published(tried, name, 8192, 8).predicted_us["no_communication"]
-        floor_us = as_published(tried, name, 1024, 8).predicted_us["weave"]
-        return [(predicted_us / 1e3, latency_ms), (floor_us / 1e3, floor_ms)]
+        rows = latency_rows(with_values(values), "mixtral-8x22b", fit_only=True)
+        return [(row.predicted_ms, row.published_ms) for row in rows]
 
     return with_values(least_squares(rows_of, [0.7, 600.0]))
 
@@ -172,16 +181,14 @@ def as_published(profile: HardwareProfile, model: str, num_tokens: int, world_si
 
 def latency_rows(profile: HardwareProfile, model: str, *, fit_only: bool = False) -> list[LatencyRow]:
     """The model's rows on 8 GPUs."""
-    rows = []
+    rows, fit_rows = [], FIT_ROWS.get(model, [])
     for index, num_tokens in enumerate(published.TOKENS):
-        if fit_only and num_tokens > FIT_MAX_TOKENS:
-            break
+        modes = [mode for mode in MODES if not fit_only or (num_tokens, mode) in fit_rows]
+        if not modes:
+            continue
         predicted_us = as_published(profile, model, num_tokens, 8).predicted_us
-        for mode in MODES:
-            is_fit = model == FIT_MODEL and mode == "no_communication" and num_tokens <= FIT_MAX_TOKENS
-            if fit_only and not is_fit:
-                continue
-            true_ms = published.LATENCY_MS[model][mode][index]
+        for mode in modes:
+            true_ms, is_fit = published.LATENCY_MS[model][mode][index], (num_tokens, mode) in fit_rows
             rows.append(LatencyRow(model, num_tokens, mode, predicted_us[mode] / 1e3, true_ms, is_fit))
     return rows
 
@@ -204,6 +211,25 @@ def null_model_errors(rows: Sequence[SpeedupRow]) -> list[float]:
     """Errors of "the speed-up is always the same", with the constant of hindsight: the mean of these very rows."""
     constant = mean(row.published for row in rows)
     return [constant - row.published for row in rows]
+
+
+@dataclass(frozen=True)
+class Errors:
+    """Sizes of the errors over Llama and Qwen: relative ones of latencies, those of speed-ups as they are."""
+
+    fit: list[float]
+    held_out: list[float]
+    speedups_8_gpus: list[float]
+    speedups_4_gpus: list[float]
+
+
+def dense_errors(profile: HardwareProfile) -> Errors:
+    latencies = [row for model in DENSE_MODELS for row in latency_rows(profile, model)]
+    speedups = [row for model in DENSE_MODELS for row in speedup_rows(profile, model)]
+    return Errors(
+        *([abs(row.error) for row in latencies if row.is_fit == is_fit] for is_fit in (True, False)),
+        *([abs(row.error) for row in speedups if row.world_size == world_size] for world_size in (8, 4)),
+    )
 
 
 @dataclass(frozen=True)

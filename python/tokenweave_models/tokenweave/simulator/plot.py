@@ -12,7 +12,7 @@ MODE_LABELS = {
     "reference": "all-reduce, then add and norm",
     "fused": "fused, no split",
     "weave": "weave",
-    "no_communication": "all-reduce left out (bound)",
+    "no_communication": "all-reduce left out",
 }
 MODE_COLOURS = {"reference": "#9aa0a6", "fused": "#6aa5d8", "weave": "#1b7f5c", "no_communication": "#d9c7a0"}
 # By half; attention is darker than the MLP.

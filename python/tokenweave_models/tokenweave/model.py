@@ -18,6 +18,8 @@ from torch import Tensor, nn
 from tokenweave_models.tokenweave.batch import Batch, KVCache
 from tokenweave_models.tokenweave.config import ModelConfig, RopeScaling
 
+QUERY_BLOCK = 128  # on a CPU: 1024 queries, 2048 keys 44 ms instead of 54 (bf16, 8 heads; 64 to 256 are alike)
+
 
 class Compute(Protocol):
     """The operations whose bits may depend on how many rows they are given. Tests put others here."""
@@ -49,16 +51,24 @@ class TorchCompute:
 
     def attention(self, q: Tensor, keys: Tensor, values: Tensor) -> Tensor:
         query_len, kv_len = q.shape[1], keys.shape[1]
-        mask = None
-        if 1 < query_len < kv_len and q.is_cuda:  # in a form for which no mask is made
+        if query_len in (1, kv_len):
+            return self._attention(q, keys, values, is_causal=query_len > 1)
+        if q.is_cuda:  # in a form for which no mask is made
             from torch.nn.attention.bias import causal_lower_right  # here, since it imports torch's whole compiler
 
-            mask = causal_lower_right(query_len, kv_len)
-        elif 1 < query_len < kv_len:
-            mask = torch.ones(query_len, kv_len, dtype=torch.bool).tril(kv_len - query_len)
-        return F.scaled_dot_product_attention(
-            q[None], keys[None], values[None], attn_mask=mask, is_causal=query_len == kv_len, enable_gqa=True
-        )[0]
+            return self._attention(q, keys, values, attn_mask=causal_lower_right(query_len, kv_len))
+        # Blocks of queries: under a mask a CPU computes all that it hides, here only that within a block.
+        out, cached = torch.empty_like(q), kv_len - query_len
+        for begin in range(0, query_len, QUERY_BLOCK):
+            end = min(begin + QUERY_BLOCK, query_len)
+            mask = torch.ones(end - begin, cached + end, dtype=torch.bool).tril(cached + begin)
+            seen = keys[:, : cached + end], values[:, : cached + end]
+            out[:, begin:end] = self._attention(q[:, begin:end], *seen, attn_mask=mask)
+        return out
+
+    @staticmethod
+    def _attention(q: Tensor, keys: Tensor, values: Tensor, **masking) -> Tensor:
+        return F.scaled_dot_product_attention(q[None], keys[None], values[None], enable_gqa=True, **masking)[0]
 
 
 class Norm(nn.Module):

@@ -8,7 +8,13 @@ from tokenweave_models.tokenweave.batch import Batch, KVCache
 from tokenweave_models.tokenweave.config import ModelConfig, RopeScaling
 from tokenweave_models.tokenweave.demo import MODES, why_not
 from tokenweave_models.tokenweave.executor import Executor
-from tokenweave_models.tokenweave.model import Decoder, random_decoder, rotary_frequencies, vocabulary_range
+from tokenweave_models.tokenweave.model import (
+    Decoder,
+    TorchCompute,
+    random_decoder,
+    rotary_frequencies,
+    vocabulary_range,
+)
 from tokenweave_models.tokenweave.passes import prefill_executor, prefill_logits
 from tokenweave_models.tokenweave.reduction import EagerAddition, FusedAddition
 from tokenweave_models.tokenweave.tensor_parallel import parts_of
@@ -194,6 +200,19 @@ def test_chunks_and_mixed_batches_give_what_whole_prompts_give(name):
                 found[request].append(part)
     for request in (0, 1):
         torch.testing.assert_close(torch.cat(found[request]), expected[request], rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("query_len, kv_len", [(1, 300), (2, 300), (128, 300), (129, 300), (299, 300), (300, 300)])
+def test_attention_sees_what_came_before(query_len, kv_len):
+    """More queries than one block of them, blocks that are full and not."""
+    generator = torch.Generator().manual_seed(0)
+    q, keys, values = (torch.randn(heads, n, 8, generator=generator, dtype=torch.float64)
+                       for heads, n in ((4, query_len), (2, kv_len), (2, kv_len)))  # fmt: skip
+    scores = torch.einsum("hqd,hkd->hqk", q, keys.repeat_interleave(2, 0)) / math.sqrt(8)
+    hidden = torch.arange(kv_len) > torch.arange(kv_len - query_len, kv_len)[:, None]
+    expected = scores.masked_fill(hidden, -math.inf).softmax(-1) @ values.repeat_interleave(2, 0)
+    found = TorchCompute().attention(q, keys, values)
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
 
 
 def test_stretched_rotary_frequencies():

@@ -41,7 +41,7 @@ MODES = {
 LINK_SHARE = 0.2  # of a pass without a link: what all-reduce costs a 70B model on 8 GPUs, by TokenWeave's figure 1
 LINK_LATENCY_US = 20.0
 MIN_PASSES = 3
-PASSES_BUDGET_S = 14.0
+PASSES_BUDGET_S = 20.0
 TIMEOUT_S = 600.0
 
 

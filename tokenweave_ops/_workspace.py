@@ -8,9 +8,7 @@ import itertools
 import logging
 import os
 import socket
-import threading
 import uuid
-import weakref
 from collections.abc import Callable
 
 import torch
@@ -21,6 +19,7 @@ from tokenweave_ops._emulated_link import EmulatedLink
 from tokenweave_ops._errors import CommunicationError, named_error
 from tokenweave_ops._library import define_op
 from tokenweave_ops._shared_memory import Agreement, DeviceMemory, HostMemory, LocalMemory, host_identity
+from tokenweave_ops._watcher import Watcher
 
 logger = logging.getLogger("tokenweave_ops")
 
@@ -439,24 +438,7 @@ class Workspace:
             raise CommunicationError(f"Workspace.watch: workspace {self.id} is closed")
         if self._watcher is not None and self._watcher.is_alive():
             raise ValueError("Workspace.watch: a watcher is already running")
-        stop = self._stop_watching = threading.Event()
-        reference = weakref.ref(self)  # watching a workspace does not keep it
-
-        def run():
-            while not stop.wait(interval_s):
-                workspace = reference()
-                if workspace is None:
-                    return
-                try:
-                    workspace.check()
-                except RuntimeError as error:
-                    if not stop.is_set():
-                        on_error(error)
-                    return
-                del workspace
-
-        self._watcher = threading.Thread(target=run, name=f"tokenweave-watch-{self.id}", daemon=True)
-        self._watcher.start()
+        self._watcher = Watcher(self, on_error, interval_s)
 
     def reset(self) -> None:
         """Makes the workspace usable again after a failure. Collective: all ranks call it, with no call in flight.
@@ -485,7 +467,7 @@ class Workspace:
             return
         self._closed = True
         if self._watcher is not None:
-            self._stop_watching.set()
+            self._watcher.stop()
         is_quiet = self._ops.workspace_close(self.token, self.id)
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)

@@ -19,6 +19,7 @@ class Batch:
     Attributes:
         tokens: [num_tokens], int64.
         positions: [num_tokens], int64, of each token in its request.
+        token_slots: [num_tokens], int64, the slot of its request.
         query_lens: tokens of each request in this batch, at least 1.
         kv_lens: tokens each request attends to, these included.
         slots: each request's place in the cache.
@@ -26,6 +27,7 @@ class Batch:
 
     tokens: Tensor
     positions: Tensor
+    token_slots: Tensor
     query_lens: tuple[int, ...]
     kv_lens: tuple[int, ...]
     slots: tuple[int, ...]
@@ -50,11 +52,17 @@ class Batch:
             raise ValueError(f"Batch: slots must differ, got {tuple(slots)}")
         ranges = [torch.arange(kv - query, kv) for query, kv in zip(query_lens, kv_lens, strict=True)]
         positions = torch.cat(ranges).to(tokens.device) if ranges else tokens.new_empty(0)
-        return cls(tokens, positions, tuple(query_lens), tuple(kv_lens), tuple(slots))
+        token_slots = torch.tensor(slots).repeat_interleave(torch.tensor(query_lens)).to(tokens.device)
+        return cls(tokens, positions, token_slots, tuple(query_lens), tuple(kv_lens), tuple(slots))
 
     @property
     def num_tokens(self) -> int:
         return self.tokens.shape[0]
+
+    @property
+    def num_single(self) -> int:
+        """How many requests at the beginning have one token: those that decode, where they come first."""
+        return next((i for i, query_len in enumerate(self.query_lens) if query_len > 1), len(self.query_lens))
 
     @property
     def last_rows(self) -> list[int]:
@@ -72,6 +80,7 @@ class Batch:
             Batch(
                 self.tokens[half.rows],
                 self.positions[half.rows],
+                self.token_slots[half.rows],
                 half.query_lens,
                 half.kv_lens,
                 tuple(self.slots[request] for request in half.requests),
@@ -115,3 +124,12 @@ class KVCache:
         for cached, new in ((self.keys, keys), (self.values, values)):
             cached[layer, slot, :, begin:end] = new.transpose(0, 1)
         return self.keys[layer, slot, :, :end], self.values[layer, slot, :, :end]
+
+    def append_single(
+        self, layer: int, slots: Tensor, positions: Tensor, keys: Tensor, values: Tensor, max_kv_len: int
+    ) -> tuple[Tensor, Tensor]:
+        """append() for many requests of one new token each: keys and values [num_requests, kv_heads, head_dim]. Gives
+        copies [num_requests, kv_heads, max_kv_len, head_dim], of which what lies behind a request's own is anything."""
+        for cached, new in ((self.keys, keys), (self.values, values)):
+            cached[layer][slots, :, positions] = new
+        return tuple(cached[layer, :, :, :max_kv_len].index_select(0, slots) for cached in (self.keys, self.values))

@@ -8,6 +8,7 @@ reads normed rows and writes its partial sums to the rows it is told to, which m
 A rank's share: whole heads, some of the MLP's inner features (of every expert), some rows of the vocabulary.
 """
 
+from itertools import islice
 from math import pi, sqrt
 from typing import Protocol
 
@@ -34,6 +35,10 @@ class Compute(Protocol):
     def attention(self, q: Tensor, keys: Tensor, values: Tensor) -> Tensor:
         """Causal attention of one request's newest tokens: q [heads, query_len, head_dim], keys and values [kv_heads,
         kv_len, head_dim]; token i of q attends to the first kv_len - query_len + i + 1 keys."""
+
+    def attention_of_singles(self, q: Tensor, keys: Tensor, values: Tensor, positions: Tensor) -> Tensor:
+        """Attention of one token of each of many requests: q [num_requests, heads, head_dim], keys and values
+        [num_requests, kv_heads, kv_len, head_dim]; request i attends to its first positions[i] + 1 keys."""
 
 
 class TorchCompute:
@@ -65,6 +70,13 @@ class TorchCompute:
             seen = keys[:, : cached + end], values[:, : cached + end]
             out[:, begin:end] = self._attention(q[:, begin:end], *seen, attn_mask=mask)
         return out
+
+    def attention_of_singles(self, q: Tensor, keys: Tensor, values: Tensor, positions: Tensor) -> Tensor:
+        mask = torch.arange(keys.shape[2], device=q.device) <= positions[:, None]
+        one = q.unsqueeze(2)  # a sequence of one query
+        return F.scaled_dot_product_attention(one, keys, values, attn_mask=mask[:, None, None], enable_gqa=True)[
+            :, :, 0
+        ]
 
     @staticmethod
     def _attention(q: Tensor, keys: Tensor, values: Tensor, **masking) -> Tensor:
@@ -135,8 +147,15 @@ class Attention(nn.Module):
         cos, sin = (table[batch.positions].unsqueeze(1) for table in rotary)
         q, k = rotate(q, cos, sin), rotate(k, cos, sin)
         mixed = torch.empty_like(q)
-        begin = 0
-        for query_len, kv_len, slot in zip(batch.query_lens, batch.kv_lens, batch.slots, strict=True):
+        begin = batch.num_single if batch.num_single > 1 else 0  # one alone reads its cache where it is
+        if begin > 0:
+            slots, positions = batch.token_slots[:begin], batch.positions[:begin]
+            keys, values = cache.append_single(
+                layer, slots, positions, k[:begin], v[:begin], max(batch.kv_lens[:begin])
+            )  # fmt: skip
+            mixed[:begin] = compute.attention_of_singles(q[:begin], keys, values, positions)
+        requests = zip(batch.query_lens, batch.kv_lens, batch.slots, strict=True)
+        for query_len, kv_len, slot in islice(requests, begin, None):  # so far one row a request
             rows = slice(begin, begin + query_len)
             keys, values = cache.append(layer, slot, kv_len - query_len, k[rows], v[rows])
             mixed[rows] = compute.attention(q[rows].transpose(0, 1), keys, values).transpose(0, 1)

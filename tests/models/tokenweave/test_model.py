@@ -215,6 +215,50 @@ def test_attention_sees_what_came_before(query_len, kv_len):
     torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
 
 
+def test_many_requests_of_one_token_are_what_each_is_alone():
+    """Decoded together, beside a prompt, behind one, and one by one: the same rows, and the same in the cache."""
+    model, lens = random_decoder(CONFIG, seed=2).double(), (3, 9, 1, 6)
+    prompts = [some_tokens(1, n)[0] for n in lens]
+
+    def run(batches):
+        cache = KVCache(CONFIG, 6, 16, dtype=torch.float64)
+        executor = Executor(model, cache, EagerAddition(64, CONFIG.hidden, torch.float64))
+        executor.forward(Batch.of(torch.cat(prompts), lens, lens, (4, 0, 5, 2)))
+        rows = {}
+        for requests in batches:
+            tokens = [torch.tensor([7 + r]) if r < 4 else torch.arange(5) for r in requests]
+            queries = [len(t) for t in tokens]
+            kv_lens = [lens[r] + 1 if r < 4 else 5 for r in requests]
+            batch = Batch.of(torch.cat(tokens), queries, kv_lens, [(4, 0, 5, 2, 1)[r] for r in requests])
+            found = executor.logits(executor.forward(batch)).split(queries)
+            rows |= {request: part.clone() for request, part in zip(requests, found, strict=True)}
+        return rows, cache
+
+    expected, expected_cache = run([[r] for r in range(5)])
+    for batches in ([[0, 1, 2, 3], [4]], [[2, 0, 3, 1, 4]], [[1, 4, 0, 2, 3]]):
+        rows, cache = run(batches)
+        for request in range(5):
+            torch.testing.assert_close(rows[request], expected[request], rtol=1e-10, atol=1e-10)
+        torch.testing.assert_close(cache.keys, expected_cache.keys, rtol=1e-10, atol=1e-10)
+        torch.testing.assert_close(cache.values, expected_cache.values, rtol=1e-10, atol=1e-10)
+    calls = []
+    model_attention = TorchCompute.attention_of_singles
+
+    class Counting(TorchCompute):
+        def attention_of_singles(self, q, *rest):
+            calls.append(len(q))
+            return model_attention(self, q, *rest)
+
+        def attention(self, q, *rest):
+            calls.append(-q.shape[1])
+            return super().attention(q, *rest)
+
+    cache = KVCache(CONFIG, 6, 16, dtype=torch.float64)
+    executor = Executor(model, cache, EagerAddition(64, CONFIG.hidden, torch.float64), compute=Counting())
+    executor.forward(Batch.of(torch.arange(8), (1, 1, 1, 5), (4, 9, 1, 5), (4, 0, 5, 1)))
+    assert calls == [3, -5] * CONFIG.num_layers
+
+
 def test_stretched_rotary_frequencies():
     """Kept where a wave fits the original context often, divided where it hardly fits, blended between."""
     plain = rotary_frequencies(64, 500_000.0, None)

@@ -42,6 +42,12 @@ class InvariantCompute(TorchCompute):
             rows.append(one)
         return torch.cat(rows, dim=1)
 
+    def attention_of_singles(self, q, keys, values, positions):
+        ends = (positions + 1).tolist()
+        return torch.stack(
+            [self.attention(q[i, :, None], keys[i, :, :end], values[i, :, :end])[:, 0] for i, end in enumerate(ends)]
+        )
+
 
 def plan_of(num_tokens: int, split: int) -> SplitPlan:
     return SplitPlan(num_tokens, "split" if split else "fuse", split, 4, 2, 8, launch="eager", predicted_us={})

@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import tokenweave_ops
+from tokenweave_models.common.arguments import positive
 from tokenweave_models.common.console import console, print_table, progress
 from tokenweave_models.common.corpus import find_checkout, project_text
 from tokenweave_models.common.errors import UserError
@@ -191,13 +192,6 @@ def choose_device(name: str, dtype: torch.dtype) -> torch.device:
     if reason is not None:
         raise UserError(f"the compiled ops do not run on {device.type}: {reason}")
     return device
-
-
-def positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"must be at least 1, got {value}")
-    return value
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

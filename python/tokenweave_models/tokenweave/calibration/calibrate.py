@@ -14,13 +14,14 @@ from statistics import median
 
 import torch
 
+from tokenweave_models.common.arguments import positive
 from tokenweave_models.common.console import console, print_table, progress
 from tokenweave_models.common.errors import UserError
 from tokenweave_models.common.ranks import run_ranks, usable_cores
 from tokenweave_models.tokenweave.calibration import measure, profiles
 from tokenweave_models.tokenweave.calibration.measure import Effort, Measurement
 from tokenweave_models.tokenweave.calibration.profiles import LINK_FIELDS
-from tokenweave_models.tokenweave.demo import DTYPES, choose_device, positive
+from tokenweave_models.tokenweave.demo import DTYPES, choose_device
 from tokenweave_models.tokenweave.simulator.model_shapes import MODEL_SHAPES
 from tokenweave_ops import EmulatedLink, HardwareProfile, ModelShape
 

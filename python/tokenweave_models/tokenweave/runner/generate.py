@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 from time import perf_counter
 
+from tokenweave_models.common.arguments import positive
 from tokenweave_models.common.errors import UserError
 from tokenweave_models.common.tokenizer import ByteTokenizer, FolderTokenizer, TextStream, Tokenizer
 from tokenweave_models.tokenweave.config import ModelConfig
@@ -24,13 +25,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("prompts", nargs="*", metavar="PROMPT", help="none: read from standard input, one per line")
     parser.add_argument("--prompts-file", type=Path, metavar="FILE", help="prompts, one per line")
     parser.add_argument("--mode", choices=MODES, default="weave")
-    parser.add_argument("--max-new-tokens", type=options.positive, default=64)
+    parser.add_argument("--max-new-tokens", type=positive, default=64)
     parser.add_argument("--temperature", type=float, default=0.0, help="0: greedy")
     parser.add_argument("--top-k", type=int, default=0, help="draw from this many likeliest tokens; 0: from all")
     parser.add_argument("--top-p", type=float, default=1.0, help="draw from the likeliest that reach this probability")
     parser.add_argument("--seed", type=int, default=0, help="of the draws")
-    parser.add_argument("--chunk", type=options.positive, default=512, help="tokens per pass at most")
-    parser.add_argument("--slots", type=options.positive, default=8, help="prompts under way at most")
+    parser.add_argument("--chunk", type=positive, default=512, help="tokens per pass at most")
+    parser.add_argument("--slots", type=positive, default=8, help="prompts under way at most")
     parser.add_argument("--json", type=Path, metavar="FILE")
 
 

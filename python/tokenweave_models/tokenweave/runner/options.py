@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 
+from tokenweave_models.common.arguments import positive
 from tokenweave_models.common.errors import UserError
 from tokenweave_models.tokenweave.calibration.profiles import profile_of
 from tokenweave_models.tokenweave.checkpoint import load_config, load_decoder
@@ -33,13 +34,6 @@ def refused_in_words() -> Iterator[None]:
         yield
     except ValueError as error:
         raise UserError(str(error)) from error
-
-
-def positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"must be at least 1, got {value}")
-    return value
 
 
 def positive_number(text: str) -> float:

@@ -12,6 +12,7 @@ from time import perf_counter
 import numpy as np
 import torch
 
+from tokenweave_models.common.arguments import positive
 from tokenweave_models.common.errors import UserError
 from tokenweave_models.tokenweave.batch import Batch
 from tokenweave_models.tokenweave.runner import options
@@ -24,15 +25,15 @@ from tokenweave_models.tokenweave.runner.session import NO_LINK, Session
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     options.add_arguments(parser)
     options.add_bench_arguments(parser)
-    parser.add_argument("--tokens", type=options.positive, nargs="+", default=[256, 512, 1024], help="of the prompt")
-    parser.add_argument("--passes", type=options.positive, default=10, help="timed passes of each mode")
+    parser.add_argument("--tokens", type=positive, nargs="+", default=[256, 512, 1024], help="of the prompt")
+    parser.add_argument("--passes", type=positive, default=10, help="timed passes of each mode")
     parser.add_argument(
         "--launch",
         choices=("eager", "graph"),
         default="eager",
         help="kernel by kernel, or as one CUDA graph (GPUs only)",
     )
-    parser.add_argument("--warm-up", type=options.positive, default=2, help="passes of each mode before")
+    parser.add_argument("--warm-up", type=positive, default=2, help="passes of each mode before")
 
 
 def prompt_of(num_tokens: int, vocab_size: int, seed: int, device: torch.device) -> Batch:

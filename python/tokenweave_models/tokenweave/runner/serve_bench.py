@@ -13,6 +13,7 @@ from time import perf_counter, sleep
 
 import numpy as np
 
+from tokenweave_models.common.arguments import positive
 from tokenweave_models.common.errors import UserError
 from tokenweave_models.tokenweave.batch import Batch
 from tokenweave_models.tokenweave.runner import options
@@ -30,7 +31,7 @@ LONGEST_SLEEP_S = 1.0  # the other ranks wait for rank 0 meanwhile, and their wa
 
 def length_range(text: str) -> tuple[int, int]:
     low, _, high = text.partition(":")
-    bounds = options.positive(low), options.positive(high or low)
+    bounds = positive(low), positive(high or low)
     if bounds[0] > bounds[1]:
         raise argparse.ArgumentTypeError(f"must be N or LOW:HIGH, got {text}")
     return bounds
@@ -39,14 +40,14 @@ def length_range(text: str) -> tuple[int, int]:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     options.add_arguments(parser)
     options.add_bench_arguments(parser)
-    parser.add_argument("--requests", type=options.positive, default=32)
+    parser.add_argument("--requests", type=positive, default=32)
     parser.add_argument(
         "--rate", type=options.positive_number, default=4.0, help="requests per second on average; inf: all at once"
     )
     parser.add_argument("--prompt-len", type=length_range, default=(64, 256), metavar="N|LOW:HIGH", help="drawn evenly")
     parser.add_argument("--output-len", type=length_range, default=(16, 32), metavar="N|LOW:HIGH")
-    parser.add_argument("--chunk", type=options.positive, default=256, help="tokens per pass at most")
-    parser.add_argument("--slots", type=options.positive, default=8, help="requests under way at most")
+    parser.add_argument("--chunk", type=positive, default=256, help="tokens per pass at most")
+    parser.add_argument("--slots", type=positive, default=8, help="requests under way at most")
 
 
 @dataclass(frozen=True)

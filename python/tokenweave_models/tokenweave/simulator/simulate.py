@@ -12,6 +12,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from statistics import mean
 
+from tokenweave_models.common.arguments import positive
 from tokenweave_models.common.console import console, print_table
 from tokenweave_models.common.errors import UserError
 from tokenweave_models.tokenweave.simulator import fitting, published
@@ -24,13 +25,6 @@ MODES = ("reference", "fused", "weave", "no_communication")
 BUILT_IN = {"h100": H100}
 # Of a pass in steady state; the first and the last layer are not.
 DRAWN_LAYERS = 2
-
-
-def positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"must be at least 1, got {value}")
-    return value
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

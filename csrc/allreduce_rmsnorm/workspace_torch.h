@@ -143,7 +143,8 @@ inline std::string describe_failure(const Workspace& w) {
       if (differs(kSequenceShift, kSequenceMask)) {
         text = peer + " is at another call of this channel than " + rank;
       } else if (differs(kHashShift, kHashMask)) {
-        text = peer + " came with another op, num_tokens, hidden, dtype, eps, weight_bias, max_ctas or tag than " + rank;
+        text =
+            peer + " came with another op, num_tokens, hidden, dtype, eps, weight_bias, max_ctas or tag than " + rank;
       } else {
         text = peer + " has its tensor at byte " + std::to_string((got & kOffsetMask) * 16) + " of the workspace, " +
                rank + " at byte " + std::to_string((expected & kOffsetMask) * 16);

@@ -1,7 +1,10 @@
 """check_schedule finds every way to break a pass's order, whatever order the pass happened to run in."""
 
+import itertools
+
 import pytest
 import torch
+from tokenweave_models.tokenweave import schedule as schedule_module
 from tokenweave_models.tokenweave.batch import Batch, KVCache
 from tokenweave_models.tokenweave.config import ModelConfig
 from tokenweave_models.tokenweave.executor import Executor
@@ -44,6 +47,12 @@ def problems(events, num_layers: int = CONFIG.num_layers) -> list[str]:
 def test_a_good_pass_has_no_problem_and_overlaps_all_but_the_last_reduction():
     assert problems(weave()) == []
     assert overlaps(observed_pass(weave())) == NUM_REDUCTIONS - 1
+
+
+def test_the_time_that_reductions_hold_the_caller_adds_up(monkeypatch):
+    ticks = itertools.count()
+    monkeypatch.setattr(schedule_module, "perf_counter", lambda: next(ticks))  # a context lasts for one tick
+    assert observed_pass(weave()).waited_s == sum(event != "compute" for event, _ in weave())
 
 
 def test_every_missing_wait_is_found():

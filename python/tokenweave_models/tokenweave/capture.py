@@ -29,7 +29,12 @@ class CapturedPass:
         if not batch.tokens.is_cuda:
             raise ValueError(f"CapturedPass: batch must be on a GPU, got {batch.tokens.device}")
         # Tensors of the batch are read by every replay: its own, and kept.
-        self.batch = replace(batch, tokens=batch.tokens.clone(), positions=batch.positions.clone())
+        self.batch = replace(
+            batch,
+            tokens=batch.tokens.clone(),
+            positions=batch.positions.clone(),
+            token_slots=batch.token_slots.clone(),
+        )
         self._executor, self._generation = executor, executor.reduction.generation
         with torch.cuda.device(batch.tokens.device):
             stream = torch.cuda.Stream()

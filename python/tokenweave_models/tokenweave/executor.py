@@ -100,9 +100,9 @@ class Executor:
         """The normed rows [num_tokens, hidden] that the head reads. They lie in the reduction's memory until the next
         pass.
 
-        A rank that raises in the middle of a pass refuses its next reduction, so that the others raise RankDisagreement
-        instead of waiting, and all are in step for the next pass. (Where a process group sums, they wait until its
-        deadline.)
+        A rank that raises, before a pass or in the middle of it, refuses its next reduction, so that the others raise
+        RankDisagreement instead of waiting, and all are in step for the next pass. (Where a process group sums, they
+        wait until its deadline.)
 
         Args:
             plan: how to split; None does not. All ranks need the same batch and plan: their reductions carry a hash of
@@ -110,24 +110,12 @@ class Executor:
             observe: is told of every step, a Schedule for example.
         """
         self._finish()
-        self.cache.check(batch)
-        if not batch.tokens.is_cuda:  # where tokens come from a GPU, who made them has checked them
-            self.model.check_tokens(batch.tokens)
-        split = 0 if plan is None else plan.split
-        if plan is not None and plan.num_tokens != batch.num_tokens:
-            raise ValueError(
-                f"Executor: plan must be made for the batch of {batch.num_tokens} tokens, got {plan.num_tokens}"
-            )
-        if split and self._second_lane is None:
-            raise ValueError(f"Executor: a plan that splits needs a second lane, got none (split at {split})")
-        if split and self.reduction.num_channels < 2:
-            raise ValueError("Executor: a plan that splits needs a reduction with 2 channels, got 1")
-        halves = batch.split(split) if split else (batch,)
-        rows = self.reduction.rows(batch.num_tokens)
-        lane = self._second_lane if split else self._same_lane
-        self._unfinished, self._next_channel = lane, 0
+        self._unfinished, self._next_channel = self._same_lane, 0
         try:
-            self._run(halves, rows, plan, lane, observe, tag_of(batch, plan))
+            rows = self._checked(batch, plan)
+            split = 0 if plan is None else plan.split
+            lane = self._unfinished = self._second_lane if split else self._same_lane
+            self._run(batch.split(split) if split else (batch,), rows, plan, lane, observe, tag_of(batch, plan))
         except Exception:
             self._finish()
             raise
@@ -135,6 +123,22 @@ class Executor:
         # one.
         self._unfinished = None
         return rows
+
+    def _checked(self, batch: Batch, plan: SplitPlan | None) -> Tensor:
+        """The rows of a pass that can be made, before anything is written."""
+        self.cache.check(batch)
+        if not batch.tokens.is_cuda:  # where tokens come from a GPU, who made them has checked them
+            self.model.check_tokens(batch.tokens)
+        if plan is not None and plan.num_tokens != batch.num_tokens:
+            raise ValueError(
+                f"Executor: plan must be made for the batch of {batch.num_tokens} tokens, got {plan.num_tokens}"
+            )
+        if plan is not None and plan.split:
+            if self._second_lane is None:
+                raise ValueError(f"Executor: a plan that splits needs a second lane, got none (split at {plan.split})")
+            if self.reduction.num_channels < 2:
+                raise ValueError("Executor: a plan that splits needs a reduction with 2 channels, got 1")
+        return self.reduction.rows(batch.num_tokens)
 
     def _finish(self) -> None:
         """After a pass that was left by an exception: until nothing of it runs, and no other rank waits for it."""

@@ -21,7 +21,7 @@ from bench import limits, timing
 from bench.machines import COLD_FACTOR, Buffer, Limit, Tensors, allocate, rotation_sets
 
 SCHEMA = 1
-MIN_LIMIT_BYTES = 8 << 20  # a call that moves less is bound by latency and dispatch: no share of a limit is stated
+MIN_LIMIT_BYTES = 4 << 20  # a call that moves less is bound by latency and dispatch: no share of a limit is stated
 RETURNED = "<returned>"  # an output that is the call's return value: for functions that take no output buffer
 CHECKED_ELEMENTS = 2 << 20  # rows are sampled evenly above this, first and last included
 DTYPE_NAME = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32", torch.float64: "fp64"}

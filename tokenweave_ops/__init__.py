@@ -13,6 +13,7 @@ except ModuleNotFoundError:
     raise ImportError("tokenweave_ops needs torch >= 2.11: pip install torch") from None
 
 from tokenweave_ops import _library, template_op  # noqa: F401  (template_op defines its op; it is not re-exported)
+from tokenweave_ops._decode_requests import POLICIES, DecodeRequests
 from tokenweave_ops._emulated_link import EmulatedLink
 from tokenweave_ops._errors import CommunicationError, CommunicationTimeout, PeerLost, RankDisagreement
 from tokenweave_ops._workspace import Workspace
@@ -26,6 +27,13 @@ from tokenweave_ops.allreduce_rmsnorm import (
     gather_residual_,
     rms_norm,
     rms_norm_train,
+)
+from tokenweave_ops.anchor_decoding import (
+    DecodeStep,
+    RowScan,
+    confidence_scan,
+    decode_step_,
+    select_and_commit_,
 )
 from tokenweave_ops.batch_split import HalfBatch, split_batch
 from tokenweave_ops.token_split import (
@@ -51,8 +59,11 @@ __version__ = "0.1.0"
 
 __all__ = [
     "H100",
+    "POLICIES",
     "CommunicationError",
     "CommunicationTimeout",
+    "DecodeRequests",
+    "DecodeStep",
     "EmulatedLink",
     "HalfBatch",
     "HardwareProfile",
@@ -60,6 +71,7 @@ __all__ = [
     "ModelShape",
     "PeerLost",
     "RankDisagreement",
+    "RowScan",
     "SplitOverride",
     "SplitPlan",
     "WeavePass",
@@ -71,7 +83,9 @@ __all__ = [
     "allreduce_",
     "allreduce_rmsnorm",
     "allreduce_rmsnorm_",
+    "confidence_scan",
     "cpu_profile",
+    "decode_step_",
     "gather_residual_",
     "gemm_us",
     "load_overrides",
@@ -80,6 +94,7 @@ __all__ = [
     "published_split",
     "rms_norm",
     "rms_norm_train",
+    "select_and_commit_",
     "split_batch",
     "weave_pass",
 ]

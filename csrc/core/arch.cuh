@@ -505,6 +505,87 @@ TW_DEVICE float fused_multiply_add(float a, float b, float c) {
 #endif
 }
 
+// The place of the lowest set bit of a word that is not 0.
+TW_DEVICE int lowest_bit(uint32_t word) {
+#if defined(__CUDACC__)
+  uint32_t reversed, place;
+  asm("brev.b32 %0, %1;" : "=r"(reversed) : "r"(word));
+  asm("bfind.shiftamt.u32 %0, %1;" : "=r"(place) : "r"(reversed));
+  return static_cast<int>(place);
+#else
+  return __builtin_ctz(word);
+#endif
+}
+
+// The larger; the other one if one is NaN.
+TW_DEVICE float maximum(float a, float b) {
+#if defined(__CUDACC__)
+  float result;
+  asm("max.f32 %0, %1, %2;" : "=f"(result) : "f"(a), "f"(b));
+  return result;
+#else
+  return a > b || b != b ? a : b;
+#endif
+}
+
+// The smaller; the other one if one is NaN.
+TW_DEVICE float minimum(float a, float b) {
+#if defined(__CUDACC__)
+  float result;
+  asm("min.f32 %0, %1, %2;" : "=f"(result) : "f"(a), "f"(b));
+  return result;
+#else
+  return a < b || b != b ? a : b;
+#endif
+}
+
+TW_DEVICE float ceiling(float a) {
+#if defined(__CUDACC__)
+  float result;
+  asm("cvt.rpi.f32.f32 %0, %1;" : "=f"(result) : "f"(a));
+  return result;
+#else
+  return std::ceil(a);
+#endif
+}
+
+// The largest float that is not above a.
+TW_DEVICE float round_down(double a) {
+#if defined(__CUDACC__)
+  float result;
+  asm("cvt.rm.f32.f64 %0, %1;" : "=f"(result) : "d"(a));
+  return result;
+#else
+  const float nearest = static_cast<float>(a);
+  return static_cast<double>(nearest) > a ? std::nextafter(nearest, -__builtin_inff()) : nearest;
+#endif
+}
+
+// Not correctly rounded: one instruction on a GPU (relative error of exp2 and absolute error of log2 about 2^-22;
+// results below the smallest normal number are 0), the C library on a host. Bits differ between the two.
+TW_DEVICE float exp2(float a) {
+#if defined(__CUDACC__)
+  float result;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(a));
+  return result;
+#else
+  return std::exp2(a);
+#endif
+}
+
+TW_DEVICE float log2(float a) {
+#if defined(__CUDACC__)
+  float result;
+  asm("lg2.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(a));
+  return result;
+#else
+  return std::log2(a);
+#endif
+}
+
+// e^a to the last place or so: CUDA's library function, which nvcc knows by this name.
+TW_DEVICE double exponential(double a) { return ::exp(a); }
+
 // Conversions of the 16-bit formats; their host twins are the portable code in numeric.cuh, which CPU kernels share.
 #if defined(__CUDACC__)
 TW_DEVICE uint16_t convert_to_bf16_bits(float value) {

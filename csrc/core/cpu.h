@@ -63,6 +63,36 @@ TW_CPU Lanes broadcast(float value) {
   return result;
 }
 
+// Lane by lane: a * b + c. Rounded once where there is an instruction for it, twice elsewhere: an op that uses it gives
+// the same bits on AVX2 and AVX-512 only, and its contract says so.
+#if defined(__AVX512F__) || (defined(__AVX2__) && defined(__FMA__))
+constexpr bool kRoundsMultiplyAddOnce = true;
+#else
+constexpr bool kRoundsMultiplyAddOnce = false;
+#endif
+TW_CPU Part multiply_add(const Part& a, const Part& b, const Part& c) {
+#if defined(__AVX512F__)
+  return _mm512_fmadd_ps(a, b, c);
+#elif defined(__AVX2__) && defined(__FMA__)
+  return _mm256_fmadd_ps(a, b, c);
+#else
+  return a * b + c;
+#endif
+}
+
+// The larger, and b where a is NaN.
+TW_CPU Part maximum(const Part& a, const Part& b) {
+#if defined(__AVX512F__)
+  return _mm512_max_ps(a, b);
+#elif defined(__AVX2__)
+  return _mm256_max_ps(a, b);
+#elif defined(__x86_64__)
+  return _mm_max_ps(a, b);
+#else
+  return a > b ? a : b;
+#endif
+}
+
 // In a fixed tree: lanes 16 apart, then 8, 4, 2, 1.
 TW_CPU float sum_lanes(const Lanes& lanes) {
   float v[kLanes];

@@ -21,6 +21,18 @@ TW_HOST_DEVICE float pack_get(const Vec16& pack, int i) {
   }
 }
 
+// Puts round(value) in element i's place.
+template <class T>
+TW_HOST_DEVICE void pack_set(Vec16& pack, int i, float value) {
+  if constexpr (sizeof(T) == 4) {
+    pack.words[i] = bits_of(value);
+  } else {
+    const int shift = 16 * (i % 2);
+    const uint32_t bits = from_float<T>(value).bits;
+    pack.words[i / 2] = (pack.words[i / 2] & ~(0xffffu << shift)) | bits << shift;
+  }
+}
+
 template <class T>
 TW_HOST_DEVICE void unpack(const Vec16& pack, float (&values)[kPackSize<T>]) {
 #pragma unroll

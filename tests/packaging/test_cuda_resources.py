@@ -133,6 +133,19 @@ def test_collectives_use_the_switch(machine_code, dtype, reduction):
     assert not re.search(r"\b(LDL|STL)\b", code), "local memory"
 
 
+@pytest.mark.parametrize("dtype", ["bf16", "fp16", "fp32"])
+def test_decode_step_streams_its_rows(machine_code, dtype):
+    """16-byte loads past L1, exponentials by the special unit, tickets at gpu scope; no local memory."""
+    code = machine_code(f"anchor_decoding/decode_step.{dtype}.cu")
+    for instruction in (r"LDG\.E\.NA\.128", r"MUFU\.EX2", r"ATOMG\.E\.ADD\.STRONG\.GPU"):
+        assert re.search(rf"\b{instruction}", code), f"no {instruction} in the code for {dtype}"
+    assert not re.search(r"\b(LDL|STL)\b", code), "local memory"
+    functions = re.split(r"Function : ", code)[1:]
+    assert len(functions) == 4
+    for function in functions:
+        assert len(re.findall(r"\bMUFU\.EX2", function)) >= 16, "the terms of a group of packs are not unrolled"
+
+
 # ------------------------------------------------------------------------------------------- the check can fail
 
 LOG = """ptxas info    : Compiling entry function '_ZN10tokenweave12backend_cuda11some_kernelIfEEvNS0_1PE' for 'sm_90'

@@ -168,6 +168,49 @@ def test_arithmetic_is_correctly_rounded(kernels):
     assert (out != 0).any()
 
 
+def test_choices_and_rounding_directions(kernels):
+    """The operations of the enum Arithmetic from maximum on, NaN, infinities and zeros among the arguments."""
+    special = [np.nan, np.inf, -np.inf, 0.0, -0.0, 1.0, -1.5, 2.0**-149, 3e38]
+    rng = np.random.default_rng(1)
+    a = np.concatenate([np.repeat(special, len(special)), rng.normal(size=500) * 30]).astype(np.float32)
+    b = np.concatenate([np.tile(special, len(special)), rng.normal(size=500) * 1e-7]).astype(np.float32)
+
+    def run(op):
+        out = np.empty_like(a)
+        kernels.vocabulary.arithmetic(a, b, b, out, len(a), op)
+        return out
+
+    assert np.array_equal(run(3), np.fmax(a, b), equal_nan=True)
+    assert np.array_equal(run(4), np.fmin(a, b), equal_nan=True)
+    assert np.array_equal(run(5), np.ceil(a), equal_nan=True)
+    finite = np.abs(a) < 100
+    assert np.allclose(run(6)[finite], np.exp2(a[finite].astype(np.float64)), rtol=2.0**-21, atol=2.0**-126)
+    positive = (a > 2.0**-126) & np.isfinite(a)
+    assert np.allclose(run(7)[positive], np.log2(a[positive].astype(np.float64)), rtol=2.0**-21, atol=2.0**-21)
+    total = a.astype(np.float64) + b.astype(np.float64)
+    usable = np.isfinite(total) & (np.abs(total) < 3.4e38)
+    down = run(8)[usable].astype(np.float64)
+    assert (down <= total[usable]).all()
+    above = np.nextafter(down.astype(np.float32), np.float32(np.inf)).astype(np.float64)
+    assert (above > total[usable]).all()
+    nonzero = a.view(np.uint32) != 0
+    words = a.view(np.uint32)[nonzero]
+    assert np.array_equal(run(9)[nonzero], np.log2((words & (~words + np.uint32(1))).astype(np.float64)))
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "fp16", "fp32"])
+def test_pack_set_replaces_one_element(kernels, dtype):
+    size = 4 if dtype == "fp32" else 8
+    words = np.random.default_rng(2).integers(0, 2**32, 4, np.uint32)
+    for place in range(size):
+        out = words.copy()
+        kernels.vocabulary.pack_set(dtype, out, place, -1.5)
+        bits = {"bf16": 0xBFC0, "fp16": 0xBE00, "fp32": 0xBFC00000}[dtype]
+        expected = words.view(np.uint32 if size == 4 else np.uint16).copy()
+        expected[place] = bits
+        assert np.array_equal(out.view(expected.dtype), expected)
+
+
 # ----------------------------------------------------------------------------------------------------------- exchanges
 
 

@@ -26,6 +26,11 @@ HOST_BINDINGS(module) {
                  data_of<float>(unpacked), num_packs);
     });
   });
+  m.def("pack_set", [](const std::string& dtype, py::object words, int place, float value) {
+    with_dtype(host::dtype_of(dtype), [&]<class T>() {
+      run_kernel({"set_element", 1, 32}, &set_element<T>, data_of<uint32_t>(words), place, value);
+    });
+  });
   m.def("philox", [](py::object counters, py::object keys, py::object out, py::object uniforms, int64_t n) {
     run_kernel({"philox", blocks_for(n, 32), 32}, &philox,
                reinterpret_cast<const PhiloxBlock*>(data_of<uint32_t>(counters)), data_of<uint32_t>(keys),

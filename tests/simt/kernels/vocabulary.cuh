@@ -34,6 +34,14 @@ TW_KERNEL void copy_packs(const T* in, T* out, float* unpacked, int64_t num_pack
   }
 }
 
+template <class T>
+TW_KERNEL void set_element(uint32_t* words, int32_t place, float value) {
+  if (arch::thread_index() != 0) return;
+  Vec16 pack{{words[0], words[1], words[2], words[3]}};
+  pack_set<T>(pack, place, value);
+  for (int i = 0; i < 4; ++i) words[i] = pack.words[i];
+}
+
 TW_KERNEL void philox(const PhiloxBlock* counters, const uint32_t* keys, PhiloxBlock* out, float* uniforms, int64_t n) {
   const int64_t i = int64_t{blockIdx.x} * blockDim.x + arch::thread_index();
   if (i >= n) return;
@@ -132,14 +140,54 @@ TW_KERNEL void memory_ops(T* words, const int32_t* ops, const int32_t* which, co
   }
 }
 
-enum class Arithmetic : int32_t { divide, square_root, fused_multiply_add };
+enum class Arithmetic : int32_t {
+  divide,
+  square_root,
+  fused_multiply_add,
+  maximum,
+  minimum,
+  ceiling,
+  exp2,
+  log2,
+  round_down,
+  lowest_bit,
+};
 
 TW_KERNEL void arithmetic(const float* a, const float* b, const float* c, float* out, int64_t n, Arithmetic op) {
   const int64_t i = int64_t{blockIdx.x} * blockDim.x + arch::thread_index();
   if (i >= n) return;
-  out[i] = op == Arithmetic::divide        ? arch::divide(a[i], b[i])
-           : op == Arithmetic::square_root ? arch::square_root(a[i])
-                                           : arch::fused_multiply_add(a[i], b[i], c[i]);
+  switch (op) {
+    case Arithmetic::divide:
+      out[i] = arch::divide(a[i], b[i]);
+      break;
+    case Arithmetic::square_root:
+      out[i] = arch::square_root(a[i]);
+      break;
+    case Arithmetic::fused_multiply_add:
+      out[i] = arch::fused_multiply_add(a[i], b[i], c[i]);
+      break;
+    case Arithmetic::maximum:
+      out[i] = arch::maximum(a[i], b[i]);
+      break;
+    case Arithmetic::minimum:
+      out[i] = arch::minimum(a[i], b[i]);
+      break;
+    case Arithmetic::ceiling:
+      out[i] = arch::ceiling(a[i]);
+      break;
+    case Arithmetic::exp2:
+      out[i] = arch::exp2(a[i]);
+      break;
+    case Arithmetic::log2:
+      out[i] = arch::log2(a[i]);
+      break;
+    case Arithmetic::round_down:  // of a sum that fp32 cannot hold
+      out[i] = arch::round_down(static_cast<double>(a[i]) + static_cast<double>(b[i]));
+      break;
+    case Arithmetic::lowest_bit:
+      out[i] = static_cast<float>(arch::lowest_bit(bits_of(a[i])));
+      break;
+  }
 }
 
 }  // namespace tokenweave::inline TOKENWEAVE_BACKEND::test_kernels

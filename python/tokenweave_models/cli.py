@@ -5,6 +5,7 @@ import sys
 from collections.abc import Sequence
 
 from tokenweave_models.common.errors import UserError
+from tokenweave_models.localleap.runner import main as localleap
 from tokenweave_models.tokenweave import demo
 from tokenweave_models.tokenweave.calibration import calibrate
 from tokenweave_models.tokenweave.simulator import simulate
@@ -18,6 +19,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     programs = {
         "demo": (demo, "a small decoder on real text, eager against fused and woven, then the bench"),
         "simulate": (simulate, "replay TokenWeave's schedule for a model on GPUs that need not be here"),
+        "localleap": (localleap, "decode masked diffusion language models: generate, bench, demo"),
         "calibrate": (calibrate, "measure this device for the planner of token splits"),
     }
     for name, (program, words) in programs.items():

@@ -8,6 +8,7 @@ read, and nothing else. (A disk reads whole pages, so a slice along dimension 1 
 from __future__ import annotations
 
 import json
+import re
 import threading
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -15,13 +16,17 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
+import torch
 from torch import Tensor
 
+from tokenweave_models.common.config_keys import ConfigKeys
 from tokenweave_models.common.errors import UserError
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 MOST_NAMED = 3  # of many like problems, the message names so many
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+STORED_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
 def few_of(names: list[str]) -> str:
@@ -100,6 +105,38 @@ class LocalCheckpoint:
         with self._mutex:
             self.bytes_read += part.numel() * part.element_size()
         return part
+
+    def check(self, expected: Mapping[str, tuple[int, ...]], tolerated: re.Pattern[str]) -> None:
+        """Raises UserError unless the files hold the expected tensors, each of its shape and of a dtype in
+        ``STORED_DTYPES``, and no others but those whose names match tolerated."""
+        stored = self.tensors
+        here = {name: stored[name] for name in expected if name in stored}
+        problems = {
+            "missing": [name for name in expected if name not in stored],
+            "superfluous": [name for name in stored if name not in expected and not tolerated.fullmatch(name)],
+            "of another shape": [
+                f"{name} is {list(tensor.shape)} instead of {list(expected[name])}"
+                for name, tensor in here.items()
+                if tensor.shape != expected[name]
+            ],
+            f"of a dtype other than {', '.join(STORED_DTYPES)}": [
+                f"{name} is {tensor.dtype}" for name, tensor in here.items() if tensor.dtype not in STORED_DTYPES
+            ],
+        }
+        told = [f"{len(names)} {what}: {few_of(names)}" for what, names in problems.items() if names]
+        if told:
+            raise UserError(f"{self.folder}: the tensors do not fit its config.json. {'. '.join(told)}")
+
+    def published_dtype(self, embedding: str) -> torch.dtype:
+        """What config.json says, or else what the tensor of this name is stored in."""
+        path = self.folder / "config.json"
+        values = read_json(path)
+        for key in ("dtype", "torch_dtype"):  # as transformers 5 and 4 name it
+            if (name := values.get(key)) is not None:
+                if name not in list(DTYPES):  # a list: the value may be of any kind
+                    raise ConfigKeys(path, values).refused(key, name, "one of " + ", ".join(DTYPES))
+                return DTYPES[name]
+        return STORED_DTYPES[self.tensors[embedding].dtype]
 
     def _open(self, file: str):
         path = self.folder / file

@@ -7,14 +7,14 @@ checked before any weight is read.
 from __future__ import annotations
 
 import re
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from tokenweave_models.common.checkpoint import LocalCheckpoint, few_of, model_folder, read_json
+from tokenweave_models.common.checkpoint import LocalCheckpoint, model_folder, read_json
+from tokenweave_models.common.config_keys import ConfigKeys
 from tokenweave_models.common.errors import UserError
 from tokenweave_models.tokenweave.config import ModelConfig, RopeScaling
 from tokenweave_models.tokenweave.model import Decoder
@@ -34,9 +34,6 @@ INACTIVE: dict[str, tuple[Any, ...]] = {
     "quantization_config": (),
     "partial_rotary_factor": (1,),
 }
-LONGEST_VALUE = 80  # characters of a refused value that a message shows
-DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
-STORED_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 # What some checkpoints hold beyond a decoder's tensors and does no harm: rotary frequencies, which follow from the
 # config, and the head of a model whose head is its embedding (that of any other is among the decoder's tensors).
 TOLERATED = re.compile(r"lm_head\.weight|model\.(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq")
@@ -50,15 +47,12 @@ def load_config(folder: str | Path) -> ModelConfig:
             decoder does not compute.
     """
     path = model_folder(folder) / "config.json"
-    keys = _Keys(path, read_json(path))
+    keys = ConfigKeys(path, read_json(path))
     model_type = keys.values.get("model_type")
     if model_type not in list(DEFAULTS):  # a list: the value may be of any kind
         raise keys.refused("model_type", model_type, "one of " + ", ".join(DEFAULTS))
     keys.defaults = DEFAULTS[model_type]
-    for key, accepted in INACTIVE.items():
-        value = keys.values.get(key)
-        if value is not None and value not in accepted:
-            raise keys.refused(key, value, f"{accepted[0]!r} or absent" if accepted else "absent")
+    keys.refuse_all_but(INACTIVE)
     max_len = keys.integer("max_position_embeddings")
     _refuse_sliding_window(keys, model_type, max_len)
     rope_theta, rope_scaling = _rope(keys)
@@ -114,9 +108,9 @@ def load_decoder(
     except ValueError as error:
         raise UserError(f"{folder}: {error}") from error
     checkpoint = LocalCheckpoint(folder)
-    check_tensors(checkpoint, config)
+    checkpoint.check({part.source: part.source_shape for part in parts_of(config, 0, 1)}, TOLERATED)
     if dtype is None:
-        dtype = published_dtype(checkpoint)
+        dtype = checkpoint.published_dtype("model.embed_tokens.weight")
 
     def read(part: Part) -> torch.Tensor:
         return checkpoint.read(part.source, part.dim, part.begin, part.end)
@@ -124,86 +118,7 @@ def load_decoder(
     return build_decoder(config, rank, world_size, read, dtype, device, on_part)
 
 
-def check_tensors(checkpoint: LocalCheckpoint, config: ModelConfig) -> None:
-    """Raises UserError unless the files hold the tensors of the config's decoder, each of its shape, and no others but
-    those in ``TOLERATED``."""
-    expected = {part.source: part.source_shape for part in parts_of(config, 0, 1)}
-    stored = checkpoint.tensors
-    missing = [name for name in expected if name not in stored]
-    superfluous = [name for name in stored if name not in expected and not TOLERATED.fullmatch(name)]
-    here = {name: stored[name] for name in expected if name in stored}
-    misshaped = [
-        f"{name} is {list(tensor.shape)} instead of {list(expected[name])}"
-        for name, tensor in here.items()
-        if tensor.shape != expected[name]
-    ]
-    mistyped = [f"{name} is {tensor.dtype}" for name, tensor in here.items() if tensor.dtype not in STORED_DTYPES]
-    problems = [
-        f"{len(found)} {what}: {few_of(found)}"
-        for what, found in (
-            ("missing", missing),
-            ("superfluous", superfluous),
-            ("of another shape", misshaped),
-            (f"of a dtype other than {', '.join(STORED_DTYPES)}", mistyped),
-        )
-        if found
-    ]
-    if problems:
-        raise UserError(f"{checkpoint.folder}: the tensors do not fit its config.json. {'. '.join(problems)}")
-
-
-def published_dtype(checkpoint: LocalCheckpoint) -> torch.dtype:
-    """What config.json says, or else what the embedding is stored in."""
-    path = checkpoint.folder / "config.json"
-    values = read_json(path)
-    for key in ("dtype", "torch_dtype"):  # as transformers 5 and 4 name it
-        if (name := values.get(key)) is not None:
-            if name not in list(DTYPES):
-                raise _Keys(path, values).refused(key, name, "one of " + ", ".join(DTYPES))
-            return DTYPES[name]
-    return STORED_DTYPES[checkpoint.tensors["model.embed_tokens.weight"].dtype]
-
-
-class _Keys:
-    """The keys of a config.json, each asked for by the kind of value it must have."""
-
-    def __init__(self, path: Path, values: dict[str, Any], defaults: dict[str, Any] | None = None, within: str = ""):
-        self.path, self.values, self.within = path, values, within
-        self.defaults = {} if defaults is None else defaults
-
-    def refused(self, key: str, value: Any, wanted: str) -> UserError:
-        text = repr(value)
-        text = text if len(text) <= LONGEST_VALUE else text[:LONGEST_VALUE] + "..."
-        return UserError(f"{self.path}: {self.within}{key} must be {wanted}, got {text}")
-
-    def integer(self, key: str, default: int | None = None, least: int = 1) -> int:
-        value = self._value(key, default)
-        if type(value) is not int or value < least:
-            raise self.refused(key, value, f"a whole number from {least} on")
-        return value
-
-    def number(self, key: str) -> float:
-        value = self._value(key, None)
-        if type(value) not in (int, float) or not 0 < value <= sys.float_info.max:
-            raise self.refused(key, value, "a positive number")
-        return float(value)
-
-    def switch(self, key: str) -> bool:
-        value = self._value(key, False)
-        if type(value) is not bool:
-            raise self.refused(key, value, "true or false")
-        return value
-
-    def _value(self, key: str, default: Any) -> Any:
-        value = self.values.get(key)
-        if value is None:
-            value = self.defaults.get(key, default)
-        if value is None:
-            raise UserError(f"{self.path}: {self.within}{key} is missing")
-        return value
-
-
-def _refuse_sliding_window(keys: _Keys, model_type: str, max_len: int) -> None:
+def _refuse_sliding_window(keys: ConfigKeys, model_type: str, max_len: int) -> None:
     """Attention reaches over all tokens here. A window that no sequence outgrows, or that is switched off, is fine."""
     layer_types = keys.values.get("layer_types") or []
     if not isinstance(layer_types, list) or any(kind != "full_attention" for kind in layer_types):
@@ -219,7 +134,7 @@ def _refuse_sliding_window(keys: _Keys, model_type: str, max_len: int) -> None:
         raise keys.refused("sliding_window", window, f"null or at least max_position_embeddings={max_len}")
 
 
-def _rope(keys: _Keys) -> tuple[float, RopeScaling | None]:
+def _rope(keys: ConfigKeys) -> tuple[float, RopeScaling | None]:
     """transformers 4 writes rope_theta and rope_scaling, 5 writes both into rope_parameters."""
     section = "rope_scaling" if keys.values.get("rope_scaling") else "rope_parameters"
     values = keys.values.get(section) or {}
@@ -227,7 +142,7 @@ def _rope(keys: _Keys) -> tuple[float, RopeScaling | None]:
         raise keys.refused(section, values, "an object")
     if any(isinstance(value, dict) for value in values.values()):
         raise keys.refused(section, values, "the same for all layers")
-    rope = _Keys(keys.path, values, {"rope_theta": keys.number("rope_theta")}, f"{section}.")
+    rope = ConfigKeys(keys.path, values, {"rope_theta": keys.number("rope_theta")}, f"{section}.")
     rope_theta = rope.number("rope_theta")
     if values.get("partial_rotary_factor") not in (None, 1):
         raise rope.refused("partial_rotary_factor", values["partial_rotary_factor"], "1 or absent")

@@ -1,0 +1,1 @@
+"""LocalLeap: masked diffusion language models whose tokens are committed by the anchor_decoding ops."""

@@ -1,0 +1,163 @@
+"""Passes of the model over a batch of sequences in different blocks: what is computed, what is read from the cache.
+
+A step computes the logits of the rows that it can commit, and no others. What the model itself has to compute:
+
+cache     a sequence that begins a block      the steps after it in that block
+none      all of its positions                all of its positions
+prefix    all of its positions                from the block's first position to the end
+dual      all of its positions                the block
+
+Prefix and dual are those of Fast-dLLM (arXiv 2505.22618). For a shifted model the window begins one row earlier, at the
+row that predicts the block's first token.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from tokenweave_models.localleap.block_graph import BlockGraph
+from tokenweave_models.localleap.cache import KVCache
+from tokenweave_models.localleap.model import DiffusionModel
+
+CACHES = ("none", "prefix", "dual")
+
+
+class Passes:
+    """Computes logits for the masked positions of each sequence's block.
+
+    Args:
+        tokens: [batch, length] int64 on the model's device, padded on the left.
+        paddings: [batch] int64 on the CPU, how many positions of each sequence are padding.
+        block_start: [batch] int64 on the model's device, read by graphs only, which follow what is written there.
+        cache: one of CACHES.
+        whole_blocks: compute the logits of all positions of a block, in their order.
+        use_graph: of a GPU and the dual cache: replay steps in which no sequence begins a block as a CUDA graph.
+    """
+
+    def __init__(
+        self,
+        model: DiffusionModel,
+        tokens: Tensor,
+        paddings: Tensor,
+        block_start: Tensor,
+        block_length: int,
+        *,
+        cache: str,
+        whole_blocks: bool = False,
+        use_graph: bool = False,
+    ):
+        self.model, self.tokens = model, tokens
+        self.device, self.length = tokens.device, tokens.shape[1]
+        self._shift = int(model.config.shifted)
+        self._kind, self._whole_blocks, self._use_graph = cache, whole_blocks, use_graph
+        self._block_length = block_length
+        self._cache = None if cache == "none" else self._new_cache(tokens.shape[0])
+        self._set_batch(paddings, block_start)
+
+    def keep(self, index: Tensor, block_start: Tensor) -> None:
+        """Goes on with the sequences of index [n], int64 on the CPU, only; block_start is theirs, as before."""
+        on_device = index.to(self.device)
+        self.tokens = self.tokens[on_device]
+        if self._cache is not None:
+            kept = self._new_cache(len(index))
+            torch.index_select(self._cache.keys, 1, on_device, out=kept.keys)
+            torch.index_select(self._cache.values, 1, on_device, out=kept.values)
+            self._cache = kept
+        self._set_batch(self._paddings[index], block_start)
+
+    def logits(self, block: Tensor, is_masked: Tensor, begins: Tensor) -> tuple[Tensor, Tensor | None]:
+        """(logits, rows) as decode_step_ takes them; those of a float64 model are rounded to fp32.
+
+        Args:
+            block: [batch, block_length] int64, positions of each sequence's block.
+            is_masked: bool of the same shape. A sequence without masks takes no part.
+            begins: [batch] bool: the sequence begins this block. All three on the CPU.
+        """
+        takes_part = is_masked.any(dim=1)
+        full = takes_part if self._cache is None else takes_part & begins
+        windowed = takes_part & ~full
+        if self._use_graph and not full.any():
+            if self._graph is None:
+                self._graph = BlockGraph(self._block_logits, self.device)
+            return self._graph.replay(), None
+
+        wanted = torch.ones_like(is_masked) if self._whole_blocks else is_masked
+        predicting = self._predicting(block, self._paddings)
+        rows = torch.full_like(block, -1)
+        pieces: list[Tensor] = []
+        num_rows = 0
+        # The window pass takes all sequences, since their cache is one tensor; what it writes for those that begin a
+        # block is then overwritten by the full pass.
+        passes = ((windowed, self._window_pass), (full, self._full_pass))
+        for part, run in passes:
+            if not part.any():
+                continue
+            hidden, places, first = run(block, part)
+            taken = wanted & part[:, None]
+            index = (places * hidden.shape[1] - first)[:, None] + predicting
+            pieces.append(hidden.flatten(0, 1)[index[taken].to(self.device)])
+            rows[taken] = torch.arange(num_rows, num_rows + len(pieces[-1]))
+            num_rows += len(pieces[-1])
+        hidden = torch.cat(pieces) if len(pieces) > 1 else pieces[0]
+        rows = rows.to(self.device)
+        if self._whole_blocks:
+            return self._head(hidden[rows.flatten()]).unflatten(0, block.shape), None
+        return self._head(hidden), rows
+
+    # ----------------------------------------------------------------------------------------------------------- passes
+
+    def _full_pass(self, block: Tensor, part: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """(hidden rows, the place of each sequence among them, the position of the first row of each)."""
+        places = part.cumsum(0) - 1
+        if part.all():
+            hidden = self.model.hidden_states(self.tokens, valid=self._valid, cache=self._cache)
+        else:
+            index = part.nonzero().flatten().to(self.device)
+            valid = None if self._valid is None else self._valid[index]
+            cache = None if self._cache is None else self._new_cache(len(index))
+            hidden = self.model.hidden_states(self.tokens[index], valid=valid, cache=cache)
+            if cache is not None:
+                self._cache.keys.index_copy_(1, index, cache.keys)
+                self._cache.values.index_copy_(1, index, cache.values)
+        return hidden, places, torch.zeros_like(places)
+
+    def _window_pass(self, block: Tensor, part: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """The same. A window that is shorter than others repeats its last position: same token, same key and value."""
+        first = block[:, 0] - self._shift
+        width = self._block_length + self._shift if self._kind == "dual" else self.length - int(first[part].min())
+        window = (first[:, None] + torch.arange(width)).clamp(max=self.length - 1)
+        return self._window_states(window.to(self.device)), torch.arange(len(block)), first
+
+    def _window_states(self, window: Tensor) -> Tensor:
+        tokens = self.tokens.gather(1, window)
+        return self.model.hidden_states(tokens, valid=self._valid, cache=self._cache, positions=window)
+
+    def _block_logits(self) -> Tensor:
+        """[batch, block_length, vocab_size] by a pass over the blocks; all on the device, for a graph."""
+        first = (self._block_start - self._shift)[:, None]
+        steps = torch.arange(self._block_length + self._shift, device=self.device)
+        hidden = self._window_states(first + steps)
+        block = self._block_start[:, None] + steps[: self._block_length]
+        rows = self._predicting(block, self._paddings_on_device) - first
+        return self._head(hidden.gather(1, rows[:, :, None].expand(-1, -1, hidden.shape[2])))
+
+    def _predicting(self, positions: Tensor, paddings: Tensor) -> Tensor:
+        """The positions of the rows that predict the tokens at these ones."""
+        return torch.maximum(positions - self._shift, paddings[:, None]) if self._shift else positions
+
+    def _head(self, hidden: Tensor) -> Tensor:
+        logits = self.model.logits(hidden)
+        return logits.float() if logits.dtype == torch.float64 else logits
+
+    # ------------------------------------------------------------------------------------------------------------ state
+
+    def _new_cache(self, batch: int) -> KVCache:
+        return KVCache(self.model.config, batch, self.length, self.model.embed_tokens.weight.dtype, self.device)
+
+    def _set_batch(self, paddings: Tensor, block_start: Tensor) -> None:
+        self._paddings, self._paddings_on_device, self._block_start = paddings, paddings.to(self.device), block_start
+        self._valid: Tensor | None = None
+        if paddings.any():
+            self._valid = torch.arange(self.length, device=self.device) >= self._paddings_on_device[:, None]
+        self._graph: BlockGraph | None = None

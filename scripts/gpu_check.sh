@@ -49,7 +49,8 @@ step info "$python" -m tokenweave_ops.info
 step "tests on cuda" "$python" -m pytest --backend cuda -q tests/*/test_*numerics.py tests/*/test_*contract.py \
   tests/*/test_*compile.py tests/*/test_*errors.py tests/*/test_laws.py
 
-step "models on cuda" "$python" -m pytest -q tests/models/tokenweave/test_streams.py tests/models/tokenweave/test_model.py
+step "models on cuda" "$python" -m pytest -q tests/models/tokenweave/test_streams.py tests/models/tokenweave/test_model.py \
+  tests/models/localleap/test_model.py tests/models/localleap/test_cache.py tests/models/localleap/test_generate.py
 
 # Every family's contract tests (its odd sizes, strides and alignments) under each tool. Without torch's caching
 # allocator every tensor has bounds of its own (graph capture needs that allocator). initcheck must see every kernel, as each may be what initialised a word.
@@ -71,6 +72,13 @@ mkdir -p "$results/$device"
 for family in $(grep -l '^def cases(' bench/*.py); do
   name=$(basename "$family" .py)
   step "bench $name" "$python" bench/run.py --device cuda --family "$name" --json "$results/$device/$name.json"
+done
+
+# A block of a diffusion language model: eight layers of LLaDA-8B, model and selector apart, beside the published selector.
+for extra in "" --cuda-graph; do
+  step "localleap bench ${extra#--}" "$python" -m tokenweave_models.cli localleap bench --device cuda --preset llada-8b --layers 8 \
+    --hidden 0 --dtype bf16 --policies local_leap,topk --caches dual --prompt-length 256 --gen-length 128 $extra \
+    --json "$results/$device/localleap/bench${extra:+_graph}.json"
 done
 
 # Token splitting on one GPU: planned with the wave model, then with what this GPU was measured to do. In a folder of its

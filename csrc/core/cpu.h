@@ -2,7 +2,8 @@
 // among the sets. CMake builds each <op>_cpu.cpp once per set, with TOKENWEAVE_ISA naming the namespace its code lives
 // in; the baseline build also emits the dispatcher. Everything here is static or a lambda's: nothing built for AVX-512
 // may be merged by the linker into what a baseline machine runs. The lanes and the order of additions are the same on
-// every set and multiplies are not contracted into adds (-ffp-contract=off), so all sets give the same bits.
+// every set and multiplies are not contracted into adds (-ffp-contract=off), so all sets give the same bits,
+// unless an op asks for multiply_add.
 #pragma once
 
 #include <cmath>

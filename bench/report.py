@@ -140,19 +140,22 @@ def render(page: str, results: Path = RESULTS) -> str:
 
 
 def excerpt(readme: str, results: Path = RESULTS) -> str:
-    """README with its block replaced by each op's largest case, device by device."""
-    sections = []
+    """README with its block replaced by each op's largest case: a table for each device and day."""
+    largest: dict[str, list[dict]] = {}
     for path in sorted(results.glob("*/*.json")):
         doc = load(path)
-        largest = [max(rows, key=lambda row: (row["bytes"], row["cache"] == "cold")) for _, rows in by_op(doc)]
-        largest = [row for row in largest if row["pct_of_limit"] is not None]
-        if not largest:
+        rows = [max(rows, key=lambda row: (row["bytes"], row["cache"] == "cold")) for _, rows in by_op(doc)]
+        label = f"{environment.device_label(doc['env'])}, {doc['env']['date'][:10]}"
+        largest.setdefault(label, []).extend(row for row in rows if row["pct_of_limit"] is not None)
+    sections = []
+    for label, rows in largest.items():
+        if not rows:
             continue
-        names = [name for name in EXCERPT_BASELINES if name in baseline_names(largest)]
+        names = [name for name in EXCERPT_BASELINES if name in baseline_names(rows)]
         titles = ["op", *headings([])[:-1], "of limit", *(f"vs {name}" for name in names)]
         lines = ["| " + " | ".join(titles) + " |", "|" + "---|" * 4 + "---:|" * (len(titles) - 4)]
-        lines += ["| " + " | ".join([f"`{row['op']}`", *cells(row, names)]) + " |" for row in largest]
-        sections.append(f"{environment.device_label(doc['env'])}, {doc['env']['date'][:10]}:\n\n" + "\n".join(lines))
+        lines += ["| " + " | ".join([f"`{row['op']}`", *cells(row, names)]) + " |" for row in rows]
+        sections.append(f"{label}:\n\n" + "\n".join(lines))
     body = "\n\n".join(sections or [NO_RESULTS]) + "\n"
     return EXCERPT.sub(lambda match: f"{match[1]}\n{body}\n{match[2]}", readme)
 

@@ -230,4 +230,6 @@ class DecodeRequests:
         return DecodeRequests(**{name: tensor[which] for name, tensor in self._tensors()}, features=self.features)
 
     def _tensors(self) -> list[tuple[str, Tensor]]:
-        return [(field.name, getattr(self, field.name)) for field in fields(self) if field.name != "features"]
+        """All tensors by name; fresh tickets, for these may be those of a launch that died."""
+        found = {field.name: getattr(self, field.name) for field in fields(self) if field.name != "features"}
+        return list((found | {"tickets": torch.zeros_like(self.tickets)}).items())

@@ -1,45 +1,12 @@
 // decode_step_ on a CPU: the segments of all masked rows are shared out over the thread pool, then the rows are folded,
-// then each sequence is decided, in order. All numbers of all requests are checked first: nothing is written for a bad
-// one. Limit: memory for bf16 logits beyond the caches, with about as much arithmetic beside it.
+// then each sequence is decided, in order. The glue has checked the numbers of all requests.
+// Limit: memory for bf16 logits beyond the caches, with about as much arithmetic beside it.
 #include "anchor_decoding/segment_cpu.h"
 #include "anchor_decoding/selection_cpu.h"
 
 namespace tokenweave::inline TOKENWEAVE_BACKEND::inline TOKENWEAVE_ISA {
 
 namespace {
-
-// The words of anchor_decoding.PROBLEMS.
-const char* words_of(int64_t problems) {
-  if (problems & kProblemBlock) return "block_start must leave the whole block within the sequence";
-  if (problems & kProblemPolicy) return "policy must be a number of tokenweave_ops.POLICIES";
-  if (problems & kProblemFeature) {
-    return "the policy, or a temperature above 0, needs a feature that `features` lacks";
-  }
-  if (problems & kProblemThreshold) return "threshold and relaxed_threshold must not be NaN";
-  if (problems & kProblemRadius) return "radius must be at least 0";
-  if (problems & kProblemTemperature) return "temperature must be 0 to 1e30";
-  if (problems & kProblemSteps) return "steps_left must be at least 1";
-  return "rows must name rows of logits";
-}
-
-bool is_masked(const DecodeStepParams& p, int64_t sequence, int64_t position) {
-  return p.tokens[sequence * p.token_stride + p.block_start[sequence] + position] == p.mask_id;
-}
-
-Status check_requests(const DecodeStepParams& p) {
-  for (int64_t sequence = 0; sequence < p.batch; ++sequence) {
-    int64_t problems = problems_of(p, sequence);
-    if (problems == 0) {
-      for (int64_t j = 0; j < p.block_length; ++j) {
-        const bool is_lost =
-            p.scan ? row_of(p, sequence, j) >= p.num_rows : p.candidates[sequence * p.block_length + j] == kNoSuchRow;
-        if (is_lost && is_masked(p, sequence, j)) problems |= kProblemRows;
-      }
-    }
-    if (problems != 0) return Status::error("request %lld: %s", static_cast<long long>(sequence), words_of(problems));
-  }
-  return Status::ok();
-}
 
 // One row of logits, and what of it may be chosen.
 template <class T>
@@ -244,7 +211,6 @@ void commit_sequence(const DecodeStepParams& p, int64_t sequence) {
 }  // namespace
 
 Status decode_step_kernel(const DecodeStepParams& p, const ExecutionContext& context) {
-  if (const Status status = check_requests(p); !status.is_ok()) return status;
   if (p.scan) with_dtype(p.dtype, [&]<class T>() { scan_rows<T>(p, context); });
   if (p.commit) {
     for (int64_t sequence = 0; sequence < p.batch; ++sequence) commit_sequence(p, sequence);

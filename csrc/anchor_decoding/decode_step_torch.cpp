@@ -2,7 +2,7 @@
 // request asks for is data on the device and is checked there.
 #include <tuple>
 
-#include "anchor_decoding/decode_step.h"
+#include "anchor_decoding/row_part.cuh"
 #include "torch/check.h"
 #include "torch/registry.h"
 #include "torch/rows.h"
@@ -168,6 +168,36 @@ void check_logits(const char* op, const TensorInfo& logits, const RowArguments& 
   }
 }
 
+// The words of anchor_decoding.PROBLEMS.
+const char* words_of(int64_t problems) {
+  if (problems & kProblemBlock) return "block_start must leave the whole block within the sequence";
+  if (problems & kProblemPolicy) return "policy must be a number of tokenweave_ops.POLICIES";
+  if (problems & kProblemFeature) {
+    return "the policy, or a temperature above 0, needs a feature that `features` lacks";
+  }
+  if (problems & kProblemThreshold) return "threshold and relaxed_threshold must not be NaN";
+  if (problems & kProblemRadius) return "radius must be at least 0";
+  if (problems & kProblemTemperature) return "temperature must be 0 to 1e30";
+  if (problems & kProblemSteps) return "steps_left must be at least 1";
+  return "rows must name rows of logits";
+}
+
+// Where the memory is at hand, what requests ask for is checked before anything is written; on a GPU the kernel skips
+// such a request and counts it.
+void check_requests(const char* op, const DecodeStepParams& p) {
+  if constexpr (kReturnsWhenDone) {
+    for (int64_t sequence = 0; sequence < p.batch; ++sequence) {
+      int64_t problems = problems_of(p, sequence);
+      for (int64_t j = 0; problems == 0 && j < p.block_length; ++j) {
+        const bool is_lost =
+            p.scan ? row_of(p, sequence, j) >= p.num_rows : p.candidates[sequence * p.block_length + j] == kNoSuchRow;
+        if (is_lost && is_masked(p, sequence, j)) problems |= kProblemRows;
+      }
+      if (problems != 0) raise(std::string(op) + ": request " + std::to_string(sequence) + ": " + words_of(problems));
+    }
+  }
+}
+
 Tensor allocate(const Tensor& like, std::initializer_list<int64_t> sizes, torch::headeronly::ScalarType type) {
   return torch::stable::new_empty(like, torch::headeronly::IntHeaderOnlyArrayRef(sizes.begin(), sizes.size()), type);
 }
@@ -227,6 +257,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> decode_step_(
   p.stable_steps = checker.per_position_int64("stable_steps", stable_steps);
   p.tickets = checker.tickets("tickets", tickets);
 
+  check_requests(kOp, p);
   const ExecutionScope scope(logits);
   const ScanOutputs scan(logits, p);
   const CommitOutputs commit(logits, p);
@@ -266,6 +297,7 @@ std::tuple<Tensor, Tensor> confidence_scan(const Tensor& logits, const Tensor& t
   p.stable_steps = checker.per_position_int64("stable_steps", stable_steps);
   p.tickets = checker.tickets("tickets", tickets);
 
+  check_requests(kOp, p);
   const ExecutionScope scope(logits);
   const ScanOutputs scan(logits, p);
   if (p.batch > 0) raise_unless(decode_step(p, scope.context()), kOp);
@@ -306,6 +338,7 @@ std::tuple<Tensor, Tensor> select_and_commit_(const Tensor& candidates, const Te
   p.steps_left = checker.per_request_int64("steps_left", steps_left);
   p.stable_steps = checker.per_position_int64("stable_steps", stable_steps);
 
+  check_requests(kOp, p);
   const ExecutionScope scope(candidates);
   const CommitOutputs commit(candidates, p);
   if (p.batch > 0) raise_unless(decode_step(p, scope.context()), kOp);

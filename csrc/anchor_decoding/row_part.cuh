@@ -241,6 +241,11 @@ TW_DEVICE int64_t problems_of(const DecodeStepParams& p, int64_t sequence) {
   return found;
 }
 
+// For a block that lies within its sequence.
+TW_DEVICE bool is_masked(const DecodeStepParams& p, int64_t sequence, int64_t position) {
+  return p.tokens[sequence * p.token_stride + p.block_start[sequence] + position] == p.mask_id;
+}
+
 // The row of logits of a position, negative if it has none.
 TW_DEVICE int64_t row_of(const DecodeStepParams& p, int64_t sequence, int64_t position) {
   const int64_t index = sequence * p.block_length + position;

@@ -24,6 +24,11 @@ def console() -> Console:
     return found if found.is_terminal else rich.console.Console(highlight=False, soft_wrap=True, width=120)
 
 
+def print_text(text: str = "") -> None:
+    """Text as it is: rich would replace :smile: and tabs in what a model writes."""
+    print(text, flush=True)
+
+
 def progress() -> Progress:
     terminal = console()
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn

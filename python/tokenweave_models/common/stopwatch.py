@@ -11,7 +11,7 @@ class Stopwatch:
     """Takes the time of every `measure()` block: wall clock on a CPU, stream events on a GPU (read after the pass)."""
 
     def __init__(self, device: torch.device):
-        self._is_cuda = device.type == "cuda"
+        self._device, self._is_cuda = device, device.type == "cuda"
         self._seconds: list[float] = []
         self._events: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
 
@@ -19,9 +19,10 @@ class Stopwatch:
     def measure(self) -> Iterator[None]:
         if self._is_cuda:
             begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-            begin.record()
+            stream = torch.cuda.current_stream(self._device)  # of this device, which need not be the current one
+            begin.record(stream)
             yield
-            end.record()
+            end.record(stream)
             self._events.append((begin, end))
         else:
             begin_s = perf_counter()
@@ -30,7 +31,7 @@ class Stopwatch:
 
     def each_ms(self) -> list[float]:
         if self._is_cuda:
-            torch.cuda.synchronize()
+            torch.cuda.synchronize(self._device)
             return [begin.elapsed_time(end) for begin, end in self._events]
         return [seconds * 1e3 for seconds in self._seconds]
 

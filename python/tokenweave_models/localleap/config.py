@@ -73,6 +73,8 @@ class ModelConfig:
                     f"ModelConfig: {name} must be 0 to vocab_size - 1 = {self.vocab_size - 1}, got "
                     f"{getattr(self, name)}"
                 )
+        if self.mask_id == self.eos_id:  # padding is filled with eos_id, and must not be decoded
+            raise ValueError(f"ModelConfig: mask_id and eos_id must differ, got {self.mask_id} for both")
         if self.learned_positions and self.learned_positions < self.max_positions:
             raise ValueError(
                 f"ModelConfig: learned_positions must be 0 or at least max_positions={self.max_positions}, got "

@@ -43,8 +43,8 @@ class Statistics:
         forward_passes: of the model, over all of it or over a window.
         committed: tokens that these decided. An early stop fills up without deciding.
         bad_rows: rows of logits without a finite maximum: the model produced NaN or inf.
-        model_s, selector_s: time of the passes and of the decode_step_ calls it took part in. It shared them with the
-            batch, so that those of several sequences do not add up.
+        model_s, selector_s: time of the passes and of the decode_step_ calls it took part in, without what capturing a
+            graph takes. It shared them with the batch, so that those of several sequences do not add up.
     """
 
     forward_passes: int
@@ -186,10 +186,12 @@ class BlockDecoder:
         return commits
 
     def _decode(self, block: Tensor, is_masked: Tensor) -> tuple[list[list[int]], Tensor]:
-        """(counts of decode_step_, the tokens it committed or -1 [batch, block_length]), on the CPU. The host waits
-        here and nowhere else."""
+        """(counts of decode_step_, the tokens it committed or -1 [batch, block_length]), on the CPU.
+
+        Here the host waits for the device."""
         rules = self._rules
         begins = torch.tensor([slot.begins for slot in self._slots])
+        self._passes.prepare(is_masked, begins)
         with self._model_watch.measure():
             logits, rows = self._passes.logits(block, is_masked, begins)
         if self._compares and self._previous_logits is None:
@@ -213,6 +215,11 @@ class BlockDecoder:
         for row, (slot, active) in enumerate(zip(self._slots, took_part, strict=True)):
             if active:
                 committed, remaining, bad_rows, _ = counts[row]
+                if committed == 0:  # and so it would go on for ever
+                    raise RuntimeError(
+                        f"generate: sequence {slot.number}: a step committed none of {remaining} masks; "
+                        "forbidden_ids and vocab_limit must leave a token to choose"
+                    )
                 slot.steps.append(self.num_steps)
                 slot.committed += committed
                 slot.bad_rows += bad_rows

@@ -15,6 +15,7 @@ from tokenweave_models.localleap.passes import CACHES
 from tokenweave_ops import DecodeRequests, decode_step_
 
 MAX_BLOCK_LENGTH = 1024  # of decode_step_
+TOO_LONG = "generate: a prompt with its new tokens must have at most {} positions, got {}"
 
 Tokens = Sequence[int] | Tensor
 PerSequence = float | int | Sequence[float] | Sequence[int] | None
@@ -78,7 +79,7 @@ def generate(
         gen_length: a multiple of block_length.
         block_length: up to 1024.
         steps: over how many steps topk (and klass, where nothing is stable) spreads a block. None: block_length.
-        forbidden_ids, deferred_ids: never chosen; chosen only where nothing else is left. The mask never is.
+        forbidden_ids, deferred_ids: up to 16 each: never chosen; ranked last. The mask is never chosen.
         vocab_limit: ids from here on are padding of the vocabulary. None: none are.
         early_stop: end a sequence behind the first block that has the model's eos_id; what is left is filled with it.
         exact: decide in float64 where fp32 is too close to a threshold to call.
@@ -157,6 +158,9 @@ def plan_generate(
             raise ValueError(
                 f"generate: prompt {number} must not have the mask's id {config.mask_id}; infill() decodes masks"
             )
+    longest = max(map(len, texts), default=0) + gen_length
+    if longest > config.max_positions:  # before so many masks are made
+        raise ValueError(TOO_LONG.format(config.max_positions, longest))
     blocks = [range(len(text), len(text) + gen_length, block_length) for text in texts]
     masks = torch.full((gen_length,), config.mask_id)
     texts = [torch.cat((text, masks)) for text in texts]
@@ -201,9 +205,7 @@ def _text_of(config: ModelConfig, tokens: Tokens, name: str) -> Tensor:
 def _check_length(config: ModelConfig, texts: list[Tensor], blocks: list[Sequence[int]]) -> None:
     length = padded_length(texts, blocks, config.shifted)
     if length > config.max_positions:
-        raise ValueError(
-            f"generate: a prompt with its new tokens must have at most {config.max_positions} positions, got {length}"
-        )
+        raise ValueError(TOO_LONG.format(config.max_positions, length))
 
 
 def _decode(

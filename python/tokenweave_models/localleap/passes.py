@@ -1,6 +1,7 @@
 """Passes of the model over a batch of sequences in different blocks: what is computed, what is read from the cache.
 
-A step computes the logits of the rows that it can commit, and no others. What the model itself has to compute:
+A step computes the logits of the rows that it can commit; of whole blocks where the step before is compared with, and
+in a graph. What the model itself has to compute:
 
 cache     a sequence that begins a block      the steps after it in that block
 none      all of its positions                all of its positions
@@ -74,60 +75,92 @@ class Passes:
             is_masked: bool of the same shape. A sequence without masks takes no part.
             begins: [batch] bool: the sequence begins this block. All three on the CPU.
         """
-        takes_part = is_masked.any(dim=1)
-        full = takes_part if self._cache is None else takes_part & begins
-        windowed = takes_part & ~full
-        if self._use_graph and not full.any():
-            if self._graph is None:
-                self._graph = BlockGraph(self._block_logits, self.device)
+        windowed, full = self._parts(is_masked, begins)
+        if self._replays(full):
+            self.prepare(is_masked, begins)
             return self._graph.replay(), None
 
+        # All that the device has to be told is found first and sent at once, before anything is launched: a copy behind
+        # a pass would wait for it.
         wanted = torch.ones_like(is_masked) if self._whole_blocks else is_masked
         predicting = self._predicting(block, self._paddings)
         rows = torch.full_like(block, -1)
-        pieces: list[Tensor] = []
-        num_rows = 0
+        sent = [rows]
         # The window pass takes all sequences, since their cache is one tensor; what it writes for those that begin a
         # block is then overwritten by the full pass.
-        passes = ((windowed, self._window_pass), (full, self._full_pass))
-        for part, run in passes:
-            if not part.any():
-                continue
-            hidden, places, first = run(block, part)
-            taken = wanted & part[:, None]
-            index = (places * hidden.shape[1] - first)[:, None] + predicting
-            pieces.append(hidden.flatten(0, 1)[index[taken].to(self.device)])
-            rows[taken] = torch.arange(num_rows, num_rows + len(pieces[-1]))
-            num_rows += len(pieces[-1])
+        if windowed.any():
+            window = self._window(block, windowed)
+            sent += [window, self._take(rows, wanted & windowed[:, None], predicting - window[:, :1], window.shape[1])]
+        if full.any():
+            places = (full.cumsum(0) - 1)[:, None]
+            taken = self._take(rows, wanted & full[:, None], predicting, self.length, places)
+            sent += [full.nonzero().flatten(), taken]
+        rows, *sent = self._send(sent)
+
+        pieces = []
+        if windowed.any():
+            window, taken, *sent = sent
+            pieces.append(self._window_states(window).flatten(0, 1)[taken])
+        if full.any():
+            index, taken = sent
+            pieces.append(self._full_states(None if full.all() else index).flatten(0, 1)[taken])
         hidden = torch.cat(pieces) if len(pieces) > 1 else pieces[0]
-        rows = rows.to(self.device)
         if self._whole_blocks:
             return self._head(hidden[rows.flatten()]).unflatten(0, block.shape), None
         return self._head(hidden), rows
 
+    def prepare(self, is_masked: Tensor, begins: Tensor) -> None:
+        """Captures the graph that the step of these arguments replays, if there is none yet: not a part of its time."""
+        _, full = self._parts(is_masked, begins)
+        if self._replays(full) and self._graph is None:
+            self._graph = BlockGraph(self._block_logits, self.device)
+
+    def _parts(self, is_masked: Tensor, begins: Tensor) -> tuple[Tensor, Tensor]:
+        """Which sequences a window is enough for, and which need a full pass."""
+        takes_part = is_masked.any(dim=1)
+        full = takes_part if self._cache is None else takes_part & begins
+        return takes_part & ~full, full
+
+    def _replays(self, full: Tensor) -> bool:
+        return self._use_graph and not full.any()
+
+    def _take(self, rows: Tensor, taken: Tensor, offsets: Tensor, width: int, places: Tensor | None = None) -> Tensor:
+        """Which rows of a pass of `width` positions predict the taken positions; numbers them on in `rows`."""
+        if places is None:
+            places = torch.arange(len(offsets))[:, None]
+        index = (places * width + offsets)[taken]
+        begin = int(rows.max()) + 1
+        rows[taken] = torch.arange(begin, begin + len(index))
+        return index
+
+    def _send(self, tensors: list[Tensor]) -> list[Tensor]:
+        """int64 tensors of the CPU on the device, in one copy that the host does not wait for."""
+        if self.device.type == "cpu":
+            return tensors
+        packed = torch.cat([tensor.flatten() for tensor in tensors]).pin_memory().to(self.device, non_blocking=True)
+        parts = packed.split([tensor.numel() for tensor in tensors])
+        return [part.view(tensor.shape) for part, tensor in zip(parts, tensors, strict=True)]
+
     # ----------------------------------------------------------------------------------------------------------- passes
 
-    def _full_pass(self, block: Tensor, part: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """(hidden rows, the place of each sequence among them, the position of the first row of each)."""
-        places = part.cumsum(0) - 1
-        if part.all():
-            hidden = self.model.hidden_states(self.tokens, valid=self._valid, cache=self._cache)
-        else:
-            index = part.nonzero().flatten().to(self.device)
-            valid = None if self._valid is None else self._valid[index]
-            cache = None if self._cache is None else self._new_cache(len(index))
-            hidden = self.model.hidden_states(self.tokens[index], valid=valid, cache=cache)
-            if cache is not None:
-                self._cache.keys.index_copy_(1, index, cache.keys)
-                self._cache.values.index_copy_(1, index, cache.values)
-        return hidden, places, torch.zeros_like(places)
+    def _full_states(self, index: Tensor | None) -> Tensor:
+        """Hidden states of all positions of the sequences of `index`, on the device, or of all of them."""
+        if index is None:
+            return self.model.hidden_states(self.tokens, valid=self._valid, cache=self._cache)
+        valid = None if self._valid is None else self._valid[index]
+        cache = None if self._cache is None else self._new_cache(len(index))
+        hidden = self.model.hidden_states(self.tokens[index], valid=valid, cache=cache)
+        if cache is not None:
+            self._cache.keys.index_copy_(1, index, cache.keys)
+            self._cache.values.index_copy_(1, index, cache.values)
+        return hidden
 
-    def _window_pass(self, block: Tensor, part: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """The same. A window that is shorter than others repeats its last position: same token, same key and value."""
+    def _window(self, block: Tensor, part: Tensor) -> Tensor:
+        """[batch, width], the positions to compute. A window that is shorter than others repeats its last position: the
+        same token, key and value."""
         first = block[:, 0] - self._shift
         width = self._block_length + self._shift if self._kind == "dual" else self.length - int(first[part].min())
-        window = (first[:, None] + torch.arange(width)).clamp(max=self.length - 1)
-        return self._window_states(window.to(self.device)), torch.arange(len(block)), first
+        return (first[:, None] + torch.arange(width)).clamp(max=self.length - 1)
 
     def _window_states(self, window: Tensor) -> Tensor:
         tokens = self.tokens.gather(1, window)

@@ -343,3 +343,40 @@ def test_on_a_gpu_as_on_a_cpu_with_and_without_graphs(cuda, model, policy):
     for graph in (False, True):
         found = generate(moved, PROMPTS, cuda_graph=graph, **arguments)
         assert tokens_of(found) == tokens_of(on_cpu) and passes_of(found) == passes_of(on_cpu)
+
+
+@pytest.mark.parametrize("cache", CACHES)
+def test_bf16_and_padding_on_a_gpu(cuda, cache):
+    """Kernels that a float64 model does not reach: norms, masked attention in bf16, strided caches, in graphs too."""
+    model = random_model(CONFIG, 3, torch.bfloat16, "cuda", logit_std=8.0)
+    arguments = {"gen_length": GEN, "block_length": BLOCK, "cache": cache}
+    eager = generate(model, PROMPTS, **arguments)
+    assert tokens_of(generate(model, PROMPTS, **arguments)) == tokens_of(eager)
+    assert all(MASK not in tokens for tokens in tokens_of(eager))
+    if cache == "dual":
+        assert tokens_of(generate(model, PROMPTS, cuda_graph=True, **arguments)) == tokens_of(eager)
+
+
+def test_a_step_that_can_commit_nothing_is_an_error_and_not_a_loop(model):
+    with pytest.raises(RuntimeError, match="generate: sequence 0: a step committed none of 8 masks"):
+        generate(model, PROMPTS[:1], gen_length=BLOCK, block_length=BLOCK, vocab_limit=1, forbidden_ids=[0])
+
+
+def test_lengths_are_refused_before_memory_is_taken():
+    with pytest.raises(ValueError, match=r"at most 64 positions, got 8000000000001"):
+        plan_generate(CONFIG, PROMPTS[2:3], 8_000_000_000_000, BLOCK)
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_all_that_is_sent_arrives_as_it_was(model, device, request):
+    """Several tensors as one copy."""
+    if device == "cuda":
+        request.getfixturevalue("cuda")
+    one = passes.Passes(
+        random_model(CONFIG, 0, torch.float32, device), torch.zeros(1, 8, dtype=torch.int64, device=device),
+        torch.zeros(1, dtype=torch.int64), torch.zeros(1, dtype=torch.int64, device=device), 8, cache="none",
+    )  # fmt: skip
+    given = [torch.arange(6).view(2, 3), torch.arange(0), torch.tensor([[7]])]
+    sent = one._send(given)
+    assert all(tensor.device.type == device for tensor in sent)
+    assert all(map(torch.equal, given, [tensor.cpu() for tensor in sent]))

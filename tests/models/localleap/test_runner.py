@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -14,6 +15,7 @@ import torch
 from plain_decoding import plain_decode, sharp_model
 from small_models import CONFIG, some_tokens
 from tokenweave_models import cli
+from tokenweave_models.common.console import print_text
 from tokenweave_models.localleap.checkpoint import load_model
 from tokenweave_models.localleap.decoding import Commit
 from tokenweave_models.localleap.runner import display
@@ -138,28 +140,52 @@ def test_infill_through_the_command_line(folder, tmp_path, capsys):
         (("--gen-length", "2048", "--block-length", "2048"), "block_length must be 1 to 1024, got 2048"),
         (("--infill",), "--infill: prompt 0 has no mask token \\(its id is 79\\)"),
         (("--prompt", "a<|mask|>"), "prompt 1 has the mask token; --infill decodes masks in a text"),
-        (("--cuda-graph", *SIZES), "cuda_graph must be False unless on a GPU with cache 'dual'"),
+        (("--cuda-graph", *SIZES), "--cuda-graph needs a GPU and --cache dual, got cpu and none"),
         (("--json", "/dev/null/x.json"), "/dev/null/x.json: cannot be written"),
+        (("--infill", "--gen-length", "8"), "--gen-length has no use with --infill"),
+        (("--infill", "--no-early-stop"), "--no-early-stop has no use with --infill"),
+        (("--mask-run", "5"), "--mask-run has no use without --infill"),
+        (("--policy", "threshold", "--radius", "9"), "--radius has no use with --policy threshold"),
+        (("--policy", "topk", "--threshold", "0.5"), "--threshold has no use with --policy topk"),
+        (("--steps", "3"), "--steps has no use with --policy local_leap"),
+        (("--gen-length", "2147483640", "--block-length", "8"), "at most 64 positions, got 2147483642"),
+        (("--prompt", "a<|mask|>", "--infill", "--mask-run", "2147483647"), "prompt 0 has no mask token"),
     ],
 )
 def test_what_a_user_can_put_right_is_a_sentence(folder, capsys, arguments, message):
     command = ["localleap", "generate", "--model", str(folder), "--prompt", "ab", "--device", "cpu"]
     assert cli.main([*command, *arguments]) == 1
     said = capsys.readouterr().err
-    assert said.count("\n") == 1 and pytest.importorskip("re").search(message, said), said
+    assert said.count("\n") == 1 and re.search(message, said), said
 
 
 def test_arguments_that_make_no_sense_alone(capsys):
     command = ["localleap", "generate", "--model", "x", "--prompt", "ab"]
     for arguments, message in (
         (("--policy", "leap"), ", ".join(f"'{name}'" for name in POLICIES[:3])),
-        (("--threshold", "nan"), "must be a finite number, got nan"),
-        (("--radius", "-1"), "must be at least 0, got -1"),
-        (("--temperature", "-1"), "must be at least 0, got -1"),
+        (("--threshold", "nan"), "must be a finite fp32 number, got nan"),
+        (("--threshold", "1e300"), "must be a finite fp32 number, got 1e300"),
+        (("--radius", "-1"), "must be at least 0 and at most 2147483647, got -1"),
+        (("--radius", str(2**63)), "must be at least 0 and at most 2147483647"),
+        (("--steps", str(2**63)), "must be at most 2147483647"),
+        (("--seed", str(2**63)), "must be at least 0 and below 2^62"),
+        (("--temperature", "-1"), "must be 0 to 1e30, got -1"),
+        (("--temperature", "1e31"), "must be 0 to 1e30, got 1e31"),
     ):
         with pytest.raises(SystemExit):
             cli.main([*command, *arguments])
         assert message.replace("'", "") in capsys.readouterr().err.replace("'", "")
+
+
+def test_generated_text_is_printed_as_it_is(capsys):
+    print_text("a[:heart:] :smile: \tx [bold]")
+    assert capsys.readouterr().out == "a[:heart:] :smile: \tx [bold]\n"
+
+
+def test_too_many_masks_for_the_model(folder, capsys):
+    command = ["localleap", "generate", "--model", str(folder), "--prompt", "a<|mask|>", "--infill", "--device", "cpu"]
+    assert cli.main([*command, "--mask-run", "2147483647"]) == 1
+    assert "prompt 0 has more than the model's 64 positions" in capsys.readouterr().err
 
 
 def test_a_gpu_that_is_not_there_is_not_replaced(folder, capsys, monkeypatch):
@@ -176,7 +202,7 @@ def test_a_tokenizer_of_another_model(folder, tmp_path, capsys):
         (tmp_path / name).write_bytes((folder / name).read_bytes())
     config = json.loads((tmp_path / "config.json").read_text())
     sizes = {name: 60 for name in ("vocab_size", "embedding_size") if name in config}
-    ids = dict.fromkeys(("mask_token_id", "eos_token_id", "pad_token_id"), 59)
+    ids = {"mask_token_id": 59, "eos_token_id": 58, "pad_token_id": 58}
     (tmp_path / "config.json").write_text(json.dumps(config | sizes | ids))
     assert cli.main(["localleap", "generate", "--model", str(tmp_path), "--prompt", "<|x|>", "--device", "cpu"]) == 1
     assert "prompt 0 has token 78, and the model knows tokens below 60" in capsys.readouterr().err
@@ -260,6 +286,8 @@ def test_bench_times_model_and_selector_by_policy_and_cache(tmp_path, capsys):
         (("--layers", "-1"), "--layers must be at least 0, got -1"),
         (("--vocab", "1"), "--vocab must be 0 or at least 2, got 1"),
         (("--gen-length", "30"), "gen_length must be a multiple of block_length=32, got 30"),
+        (("--model", "x", "--layers", "7"), "--layers has no use with --model"),
+        (("--cuda-graph",), "--cuda-graph needs a GPU"),
     ],
 )
 def test_bench_refuses(arguments, message, capsys):

@@ -7,7 +7,7 @@ set that is in its favour, a control that is not, and two stress sets whose like
 from __future__ import annotations
 
 import argparse
-import json
+import importlib.util
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -18,6 +18,7 @@ import torch
 from tokenweave_models.common.arguments import positive
 from tokenweave_models.common.console import console, print_table, progress
 from tokenweave_models.common.errors import UserError
+from tokenweave_models.common.output import check_output, write_json
 from tokenweave_models.localleap.demo import training
 from tokenweave_models.localleap.demo.evaluation import (
     BLOCK_LENGTH,
@@ -205,15 +206,15 @@ def reading(results: Mapping[Key, Result]) -> str:
             f"  control  {saved('control')}",
             "The main set was made for it: letters that are determined, of which the model is less than 0.9 sure.",
             "In the control the model is sure of what is determined, so there is less to gain.",
-            "A global threshold of 0.75 is as fast and, on these two sets, as good:",
+            "A global threshold of 0.75 on these two sets, beside it:",
             f"  main     {of('main', global_)}; LocalLeap {of('main', leap)}",
             f"  control  {of('control', global_)}; LocalLeap {of('control', leap)}",
-            "LocalLeap is the safer of the two where moderate confidence far from any anchor is wrong:",
+            "Where moderate confidence is wrong, and no anchor is near to let LocalLeap trust it:",
             f"  far      threshold 0.75 {of('far', global_)}; LocalLeap {of('far', leap)}; threshold 0.9 "
             f"{of('far', base)}",
             f"  one setting for main and far alike: threshold 0.9 {pooled(base)}; 0.75 {pooled(global_)}; LocalLeap "
             f"{pooled(leap)}",
-            "Beside an anchor it trusts the same moderate confidence, and is as wrong:",
+            "Beside an anchor it trusts the same moderate confidence:",
             f"  near     threshold 0.75 {of('near', global_)}; LocalLeap {of('near', leap)}; threshold 0.9 "
             f"{of('near', base)}",
         )
@@ -235,20 +236,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", type=Path, default=None, help="write all numbers into this file")
 
 
-def make_folder_of(path: Path) -> None:
-    """Before the long work, so that a file which cannot be written is known at once."""
-    try:
-        path.resolve().parent.mkdir(parents=True, exist_ok=True)
-        with path.open("ab"):
-            pass
-    except OSError as error:
-        raise UserError(f"{path}: cannot be written: {error.strerror}") from error
-
-
 def run(arguments: argparse.Namespace) -> None:
+    if arguments.png.suffix != ".png":
+        raise UserError(f"--png must name a .png file, got {arguments.png}")
+    if importlib.util.find_spec("matplotlib") is None:  # known before the long work
+        raise UserError("matplotlib is not installed; run: pip install 'tokenweave-ops[models]'")
     for path in (arguments.png, arguments.json):
-        if path is not None:
-            make_folder_of(path)
+        check_output(path)
     recipe = Recipe()
     folder = arguments.cache_folder or training.default_cache_folder()
     model, training_s = trained_model(recipe, folder, arguments.retrain)
@@ -292,7 +286,7 @@ def report(
             "areas": areas,
             "targets": [asdict(target) for target in targets],
         }
-        json_file.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+        write_json(json_file, content)
     if png is not None:
         draw(png, results, SWEEPS)
         console().print(f"Plot: {png}")

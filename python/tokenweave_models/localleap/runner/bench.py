@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import argparse
 from dataclasses import dataclass, replace
+from datetime import datetime, timezone
 from pathlib import Path
+from time import perf_counter
 from typing import Any
 
 import torch
@@ -16,6 +18,7 @@ from torch import Tensor
 
 from tokenweave_models.common.arguments import positive
 from tokenweave_models.common.console import console, print_table, progress
+from tokenweave_models.common.output import check_output, write_json
 from tokenweave_models.localleap.checkpoint import load_model
 from tokenweave_models.localleap.config import DREAM_7B, LLADA_8B, ModelConfig, load_config
 from tokenweave_models.localleap.generate import Generation, generate, plan_generate
@@ -37,6 +40,7 @@ class Row:
     tokens: int
     model_ms: float  # of a step, on average
     selector_ms: float
+    wall_s: float  # of all steps, with what the host does between them
 
     @property
     def selector_share(self) -> float:
@@ -44,7 +48,7 @@ class Row:
 
     @property
     def tokens_per_s(self) -> float:
-        return self.tokens / self.steps / (self.model_ms + self.selector_ms) * 1e3
+        return self.tokens / self.wall_s
 
 
 def names_of(known: tuple[str, ...]):
@@ -59,28 +63,32 @@ def names_of(known: tuple[str, ...]):
     return parse
 
 
+GEN_LENGTH = 32
+DEFAULTS = {"preset": "llada-8b", "layers": 2, "hidden": 896, "vocab": 0}  # of random weights
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     model = parser.add_argument_group("model")
     model.add_argument("--model", type=Path, metavar="FOLDER", help="real weights; not given: random ones of a preset")
-    model.add_argument("--preset", choices=tuple(PRESETS), default="llada-8b", help="whose sizes random weights have")
+    model.add_argument("--preset", choices=tuple(PRESETS), help="whose sizes random weights have; not given: llada-8b")
     model.add_argument(
-        "--layers", type=int, default=2, metavar="N", help="of random weights; 0: as many as the preset has"
+        "--layers", type=int, metavar="N", help="of random weights; 0: as many as the preset has; not given: 2"
     )
     model.add_argument(
-        "--hidden", type=int, default=896, metavar="N", help="heads and MLP are scaled with it; 0: the preset's"
+        "--hidden", type=int, metavar="N", help="heads and MLP are scaled with it; 0: the preset's; not given: 896"
     )
     model.add_argument(
-        "--vocab", type=int, default=0, metavar="N", help="0: the preset's, which is what the selector has to read"
+        "--vocab", type=int, metavar="N", help="not given or 0: the preset's, which is what the selector has to read"
     )
     model.add_argument("--dtype", choices=tuple(options.DTYPES), default="bf16")
-    model.add_argument("--seed", type=int, default=0, metavar="N", help="of weights and prompts")
+    model.add_argument("--seed", type=options.seed, default=0, metavar="N", help="of weights and prompts")
     options.add_device(model)
     run = parser.add_argument_group("run")
     run.add_argument("--policies", type=names_of(POLICIES), default=",".join(POLICIES), metavar="A,B", help="which")
     run.add_argument("--caches", type=names_of(CACHES), default=",".join(CACHES), metavar="A,B", help="modes")
     run.add_argument("--batch", type=positive, default=1, metavar="N", help="sequences")
     run.add_argument("--prompt-length", type=positive, default=64, metavar="N", help="tokens, drawn at random")
-    options.add_lengths(run, gen_length=32)
+    options.add_lengths(run, gen_length=GEN_LENGTH)
     run.add_argument("--no-published", action="store_true", help="leave the published selector out")
     run.add_argument("--json", type=Path, metavar="FILE")
 
@@ -88,7 +96,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def config_of(arguments: argparse.Namespace) -> ModelConfig:
     """The preset with fewer layers and heads; the MLP keeps its ratio to hidden."""
     if arguments.model is not None:
+        options.refuse_unused(arguments, "with --model", *DEFAULTS)
         return load_config(arguments.model)
+    for name, default in DEFAULTS.items():
+        if getattr(arguments, name) is None:
+            setattr(arguments, name, default)
     config = PRESETS[arguments.preset]
     hidden = arguments.hidden or config.hidden
     with options.refused_in_words():
@@ -113,7 +125,8 @@ def config_of(arguments: argparse.Namespace) -> ModelConfig:
 
 
 def run(arguments: argparse.Namespace) -> None:
-    options.check_output(arguments.json)
+    check_output(arguments.json)
+    arguments.gen_length = arguments.gen_length or GEN_LENGTH
     dtype = options.DTYPES[arguments.dtype]
     config = config_of(arguments)
     generator = torch.Generator().manual_seed(arguments.seed)
@@ -122,12 +135,15 @@ def run(arguments: argparse.Namespace) -> None:
     with options.refused_in_words():
         plan_generate(config, list(prompts), arguments.gen_length, arguments.block_length)
     device = options.device_of(arguments.device, dtype)
-    if arguments.model is None:
-        model = random_model(config, arguments.seed, dtype, device)
-    else:
-        model = load_model(arguments.model, dtype, device)
+    if arguments.cuda_graph:
+        options.check_graph(device, arguments.caches)
+    with options.refused_in_words():
+        if arguments.model is None:
+            model = random_model(config, arguments.seed, dtype, device)
+        else:
+            model = load_model(arguments.model, dtype, device)
+        rows, same_tokens = measure(model, prompts, arguments)
 
-    rows, same_tokens = measure(model, prompts, arguments)
     what = "random weights" if arguments.model is None else str(arguments.model)
     print_table(
         f"A step of {arguments.batch} x {arguments.block_length} positions, {what}, {config.num_layers} layers, hidden "
@@ -152,6 +168,7 @@ def run(arguments: argparse.Namespace) -> None:
         "device": options.device_name(device),
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
+        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "dtype": arguments.dtype,
         "model": None if arguments.model is None else str(arguments.model),
         "preset": arguments.preset if arguments.model is None else None,
@@ -164,7 +181,7 @@ def run(arguments: argparse.Namespace) -> None:
         "published_has_same_tokens": same_tokens,
         "rows": [vars(row) | {"tokens_per_s": row.tokens_per_s} for row in rows],
     }
-    options.write_json(arguments.json, report)
+    write_json(arguments.json, report)
 
 
 def measure(model: DiffusionModel, prompts: Tensor, arguments: argparse.Namespace) -> tuple[list[Row], dict[str, bool]]:
@@ -179,18 +196,19 @@ def measure(model: DiffusionModel, prompts: Tensor, arguments: argparse.Namespac
             found: dict[str, Generation] = {}
             # The first block of each cache warms up what loads and allocates at its first call.
             first = {"gen_length": arguments.block_length, "block_length": arguments.block_length}
-            with options.refused_in_words():
-                generate(model, list(prompts), cache=cache, cuda_graph=graph, threshold=0.0, **first)
+            generate(model, list(prompts), cache=cache, cuda_graph=graph, threshold=0.0, **first)
             for name in names:
                 selector = (
                     {"selector": published_selector} if name == PUBLISHED else {"cuda_graph": graph, "policy": name}
                 )
+                begin_s = perf_counter()
                 found[name] = generate(model, list(prompts), cache=cache, **selector, **given)
+                wall_s = perf_counter() - begin_s
                 steps = found[name].steps
                 rows.append(
                     Row(
                         cache, name, steps, arguments.batch * arguments.gen_length,
-                        found[name].model_s / steps * 1e3, found[name].selector_s / steps * 1e3,
+                        found[name].model_s / steps * 1e3, found[name].selector_s / steps * 1e3, wall_s,
                     )
                 )  # fmt: skip
                 bar.advance(task)

@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from tokenweave_models.common.arguments import positive
-from tokenweave_models.common.console import console, print_table
+from tokenweave_models.common.console import console, print_table, print_text
 from tokenweave_models.common.errors import UserError
+from tokenweave_models.common.output import check_output, write_json
 from tokenweave_models.common.tokenizer import FolderTokenizer
 from tokenweave_models.localleap.checkpoint import load_model
 from tokenweave_models.localleap.config import ModelConfig, load_config
@@ -28,6 +29,14 @@ PASSED_ON = (
     *("cache", "block_length", "cuda_graph", "exact"),
 )
 OF_POLICY = "of the policy; not given: as published"
+GEN_LENGTH = 128
+# The policies that have a use for a number.
+USERS = {
+    "threshold": {"threshold", "factor", "local_leap", "eb", "entropy_threshold", "margin", "klass"},
+    "relaxed_threshold": {"local_leap", "klass"},
+    "radius": {"local_leap"},
+    "steps": {"topk", "topk_margin", "topk_entropy", "klass"},
+}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -47,30 +56,43 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="prompts hold the tokenizer's mask token (LLaDA: <|mdm_mask|>, Dream: <|mask|>) where text is to be found",
     )  # fmt: skip
     text.add_argument(
-        "--mask-run", type=positive, default=1, metavar="N", help="of --infill: tokens that a mask token stands for"
+        "--mask-run", type=positive, metavar="N", help="of --infill: tokens that a mask token stands for; not given: 1"
     )
     text.add_argument("--stream", action="store_true", help="show text while it is decoded")
     text.add_argument("--json", type=Path, metavar="FILE")
     decoding = parser.add_argument_group("decoding")
     decoding.add_argument("--policy", choices=POLICIES, default="local_leap", metavar="NAME", help=", ".join(POLICIES))
     decoding.add_argument(
-        "--threshold", type=options.finite, metavar="X", help=f"kappa, theta, f, gamma or h {OF_POLICY}"
+        "--threshold", type=options.fp32, metavar="X", help=f"kappa, theta, f, gamma or h {OF_POLICY}"
     )
-    decoding.add_argument("--relaxed-threshold", type=options.finite, metavar="X", help=f"tau or epsilon {OF_POLICY}")
+    decoding.add_argument("--relaxed-threshold", type=options.fp32, metavar="X", help=f"tau or epsilon {OF_POLICY}")
     decoding.add_argument("--radius", type=options.whole_at_least_0, metavar="N", help=f"W {OF_POLICY}")
     decoding.add_argument(
         "--steps", type=positive, metavar="N", help="per block, of topk; not given: as many as it has tokens"
     )
     decoding.add_argument(
-        "--temperature", type=options.at_least_0, default=0.0, metavar="T", help="0: the likeliest token"
+        "--temperature", type=options.temperature, default=0.0, metavar="T", help="0: the likeliest token"
     )
     decoding.add_argument(
-        "--seed", type=int, default=0, metavar="N", help="of the draws of the first prompt; others count on"
+        "--seed", type=options.seed, default=0, metavar="N", help="of the draws of the first prompt; others count on"
     )
     decoding.add_argument("--cache", choices=CACHES, default="none", help="what is not computed again in a block")
-    options.add_lengths(decoding, gen_length=128)
+    options.add_lengths(decoding, gen_length=GEN_LENGTH)
     decoding.add_argument("--no-early-stop", action="store_true", help="go on behind a block that ends the text")
     decoding.add_argument("--exact", action="store_true", help="decide in float64 where fp32 is too close to call")
+
+
+def check_arguments(arguments: argparse.Namespace) -> None:
+    """Refuses what would be ignored; then fills in what was not given."""
+    if arguments.infill:
+        options.refuse_unused(arguments, "with --infill", "gen_length", "no_early_stop")
+    else:
+        options.refuse_unused(arguments, "without --infill", "mask_run")
+    for name, policies in USERS.items():
+        if arguments.policy not in policies:
+            options.refuse_unused(arguments, f"with --policy {arguments.policy}", name)
+    arguments.gen_length = arguments.gen_length or GEN_LENGTH
+    arguments.mask_run = arguments.mask_run or 1
 
 
 def tokens_of(arguments: argparse.Namespace, tokenizer: FolderTokenizer, config: ModelConfig) -> list[Tensor]:
@@ -91,6 +113,8 @@ def tokens_of(arguments: argparse.Namespace, tokenizer: FolderTokenizer, config:
             )
         if not arguments.infill and is_mask.any():
             raise UserError(f"prompt {number} has the mask token; --infill decodes masks in a text")
+        if len(tokens) + int(is_mask.sum()) * (arguments.mask_run - 1) > config.max_positions:
+            raise UserError(f"prompt {number} has more than the model's {config.max_positions} positions")
         prompts.append(tokens.repeat_interleave(torch.where(is_mask, arguments.mask_run, 1)))
     with options.refused_in_words():
         if arguments.infill:
@@ -101,13 +125,17 @@ def tokens_of(arguments: argparse.Namespace, tokenizer: FolderTokenizer, config:
 
 
 def run(arguments: argparse.Namespace) -> None:
-    options.check_output(arguments.json)
+    check_arguments(arguments)
+    check_output(arguments.json)
     config = load_config(arguments.model)
     tokenizer = FolderTokenizer(arguments.model)
     prompts = tokens_of(arguments, tokenizer, config)
     dtype = None if arguments.dtype is None else options.DTYPES[arguments.dtype]
     device = options.device_of(arguments.device)
-    model = load_model(arguments.model, dtype, device)
+    if arguments.cuda_graph:
+        options.check_graph(device, [arguments.cache])
+    with options.refused_in_words():
+        model = load_model(arguments.model, dtype, device)
 
     behind = [] if arguments.infill else [config.mask_id] * arguments.gen_length
     drafts = [
@@ -128,9 +156,9 @@ def run(arguments: argparse.Namespace) -> None:
     if live is None or not live.has_printed:
         for number, tokens in enumerate(texts):
             label = f"[{number}] " if len(texts) > 1 else ""
-            console().print(label + tokenizer.decode(tokens), markup=False)
+            print_text(label + tokenizer.decode(tokens))
     print_statistics(found, arguments, model.embed_tokens.weight.dtype, device)
-    options.write_json(arguments.json, {
+    write_json(arguments.json, {
         "model": str(arguments.model),
         "device": options.device_name(device),
         "torch": torch.__version__,

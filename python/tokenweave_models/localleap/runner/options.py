@@ -3,41 +3,43 @@
 from __future__ import annotations
 
 import argparse
-import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from math import isfinite
-from pathlib import Path
-from typing import Any
 
 import torch
 
-from tokenweave_models.common.arguments import positive
-from tokenweave_models.common.console import console
+from tokenweave_models.common.arguments import MOST, positive
 from tokenweave_models.common.errors import UserError
 from tokenweave_ops import DecodeRequests, decode_step_
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
-def finite(text: str) -> float:
+def fp32(text: str) -> float:
     value = float(text)
-    if not isfinite(value):
-        raise argparse.ArgumentTypeError(f"must be a finite number, got {text}")
+    if not abs(value) <= torch.finfo(torch.float32).max:
+        raise argparse.ArgumentTypeError(f"must be a finite fp32 number, got {text}")
     return value
 
 
-def at_least_0(text: str) -> float:
-    value = finite(text)
-    if value < 0:
-        raise argparse.ArgumentTypeError(f"must be at least 0, got {text}")
+def temperature(text: str) -> float:
+    value = float(text)
+    if not 0 <= value <= 1e30:
+        raise argparse.ArgumentTypeError(f"must be 0 to 1e30, got {text}")
     return value
 
 
 def whole_at_least_0(text: str) -> int:
     value = int(text)
-    if value < 0:
-        raise argparse.ArgumentTypeError(f"must be at least 0, got {text}")
+    if not 0 <= value <= MOST:
+        raise argparse.ArgumentTypeError(f"must be at least 0 and at most {MOST}, got {text}")
+    return value
+
+
+def seed(text: str) -> int:
+    value = int(text)
+    if not 0 <= value < 2**62:  # those of further prompts count on
+        raise argparse.ArgumentTypeError(f"must be at least 0 and below 2^62, got {text}")
     return value
 
 
@@ -47,7 +49,7 @@ def add_device(parser: argparse._ArgumentGroup) -> None:
 
 def add_lengths(parser: argparse._ArgumentGroup, gen_length: int) -> None:
     parser.add_argument(
-        "--gen-length", type=positive, default=gen_length, metavar="N", help="new tokens, a multiple of the block"
+        "--gen-length", type=positive, metavar="N", help=f"new tokens, a multiple of the block; not given: {gen_length}"
     )
     parser.add_argument(
         "--block-length", type=positive, default=32, metavar="N", help="tokens that are decoded together, up to 1024"
@@ -74,6 +76,18 @@ def device_name(device: torch.device) -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
 
 
+def refuse_unused(arguments: argparse.Namespace, why: str, *names: str) -> None:
+    """Arguments that would be ignored: what the user meant by them would not happen."""
+    for name in names:
+        if getattr(arguments, name) not in (None, False):
+            raise UserError(f"--{name.replace('_', '-')} has no use {why}")
+
+
+def check_graph(device: torch.device, caches: Sequence[str]) -> None:
+    if device.type != "cuda" or "dual" not in caches:
+        raise UserError(f"--cuda-graph needs a GPU and --cache dual, got {device.type} and {', '.join(caches)}")
+
+
 @contextmanager
 def refused_in_words() -> Iterator[None]:
     """What refuses an argument of the command line says why; that is all the user has to see."""
@@ -81,27 +95,9 @@ def refused_in_words() -> Iterator[None]:
         yield
     except ValueError as error:
         raise UserError(str(error)) from error
-
-
-def check_output(path: Path | None) -> None:
-    """Whether a file can be written there is asked before a long run, not after it."""
-    if path is None:
-        return
-    is_new = not path.exists()
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.open("a").close()
-    except OSError as error:
-        raise UserError(f"{path}: cannot be written: {error.strerror}") from error
-    if is_new:
-        path.unlink()
-
-
-def write_json(path: Path | None, report: dict[str, Any]) -> None:
-    if path is None:
-        return
-    try:
-        path.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
-    except OSError as error:
-        raise UserError(f"{path}: cannot be written: {error.strerror}") from error
-    console().print(f"Written: {path}", markup=False)
+    except torch.OutOfMemoryError as error:
+        raise UserError(f"the device's memory is too small for this: {error}") from error
+    except RuntimeError as error:
+        if not str(error).startswith(("decode_step_:", "generate:")):
+            raise
+        raise UserError(str(error)) from error

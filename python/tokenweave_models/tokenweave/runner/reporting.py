@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from tokenweave_models.common.console import console, print_table, progress
+from tokenweave_models.common.console import print_table, print_text, progress
 from tokenweave_models.common.errors import UserError
 
 
@@ -34,7 +34,7 @@ class Reporter:
 
     def print(self, text: str = "") -> None:
         if self.is_first:
-            console().print(text, markup=False)
+            print_text(text)
 
     def write(self, text: str) -> None:
         """A piece of a line, at once."""

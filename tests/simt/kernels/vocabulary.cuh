@@ -184,8 +184,8 @@ TW_KERNEL void arithmetic(const float* a, const float* b, const float* c, float*
     case Arithmetic::round_down:  // of a sum that fp32 cannot hold
       out[i] = arch::round_down(static_cast<double>(a[i]) + static_cast<double>(b[i]));
       break;
-    case Arithmetic::lowest_bit:
-      out[i] = static_cast<float>(arch::lowest_bit(bits_of(a[i])));
+    case Arithmetic::lowest_bit:  // of a word that is not 0
+      out[i] = static_cast<float>(arch::lowest_bit(bits_of(a[i]) | 0x80000000u));
       break;
   }
 }

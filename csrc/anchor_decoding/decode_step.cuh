@@ -16,7 +16,7 @@ struct DecodeStepShared {
   SelectionShared selection;
   arch::Array<double, kStepThreads> exact_sums;
   int32_t is_last;
-  int32_t is_close;  // exact: the candidate's id if its confidence has to be computed anew, else -1
+  int32_t close_candidate;  // exact: the id whose confidence has to be computed anew, else -1
 };
 
 constexpr int kStepWarps = kStepThreads / arch::kWarpSize;
@@ -113,8 +113,8 @@ TW_DEVICE bool scan_share(const DecodeStepParams& p, int64_t index, int64_t shar
   // The token is asked for before anything is known of the request but where its block is: one wait and not two.
   const int64_t start = p.block_start[sequence];
   const bool is_within = start >= 0 && start <= p.length - p.block_length;
-  const bool is_masked = is_within && p.tokens[sequence * p.token_stride + start + position] == p.mask_id;
-  bool is_scanned = problems_of(p, sequence) == 0 && is_masked && number >= 0;
+  const bool is_open = is_within && is_masked(p, sequence, position);
+  bool is_scanned = problems_of(p, sequence) == 0 && is_open && number >= 0;
   if (is_scanned && number >= p.num_rows) {
     is_scanned = false;
     instead = kNoSuchRow;
@@ -138,11 +138,11 @@ TW_DEVICE bool scan_share(const DecodeStepParams& p, int64_t index, int64_t shar
   }
   if (arch::warp_index() == 0) {
     const int64_t close = finish_row<T, kFeatures>(p, row, index, sequence);
-    if (arch::thread_index() == 0) shared.is_close = static_cast<int32_t>(close);
+    if (arch::thread_index() == 0) shared.close_candidate = static_cast<int32_t>(close);
   }
   if (p.exact) {
     arch::sync_block();
-    const int64_t close = shared.is_close;
+    const int64_t close = shared.close_candidate;
     arch::sync_block();
     if (close >= 0) write_exact_confidence(p, row, index, close, shared);
   }

@@ -1,6 +1,6 @@
 // decode_step_, confidence_scan and select_and_commit_: one step of masked diffusion decoding. A row of logits is
-// scanned in segments of ids; each segment becomes a RowPart (row_part.cuh), the parts of a row are folded
-// into its statistics, and the statistics of a sequence's block into a choice of positions.
+// scanned in segments of ids; each segment becomes a RowPart (row_part.cuh), the parts of a row are folded into its
+// statistics, and the statistics of a sequence's block into a choice of positions.
 #pragma once
 
 #include "core/op.h"
@@ -110,7 +110,7 @@ struct DecodeStepPlan {
   int32_t block_x = 0;             // threads
   int64_t segments_per_block = 0;  // of one row
   int64_t blocks_per_row = 0;
-  int64_t grid = 0;      // blocks; each strides over the (row, part) pairs if there are more
+  int64_t grid = 0;      // blocks; each strides over the (row, share) pairs if there are more
   int32_t features = 0;  // the smallest compiled set that covers those asked for
 };
 DecodeStepPlan plan_decode_step(int64_t batch, int64_t block_length, int64_t vocab, int32_t features, int64_t max_grid);

@@ -198,6 +198,27 @@ void check_requests(const char* op, const DecodeStepParams& p) {
   }
 }
 
+// What each half of a step reads of the requests.
+struct SharedRequests {
+  const Tensor &block_start, &threshold, &relaxed_threshold, &temperature, &step, &stable_steps;
+};
+
+void check_shared(const Checker& checker, const SharedRequests& r, DecodeStepParams& p) {
+  p.block_start = checker.per_request_int64("block_start", r.block_start);
+  p.threshold = checker.per_request_fp32("threshold", r.threshold);
+  p.relaxed_threshold = checker.per_request_fp32("relaxed_threshold", r.relaxed_threshold);
+  p.temperature = checker.per_request_fp32("temperature", r.temperature);
+  p.step = checker.per_request_int64("step", r.step);
+  p.stable_steps = checker.per_position_int64("stable_steps", r.stable_steps);
+}
+
+void check_policies(const Checker& checker, const Tensor& policy, const Tensor& radius, const Tensor& steps_left,
+                    DecodeStepParams& p) {
+  p.policy = checker.per_request_int64("policy", policy);
+  p.radius = checker.per_request_int64("radius", radius);
+  p.steps_left = checker.per_request_int64("steps_left", steps_left);
+}
+
 Tensor allocate(const Tensor& like, std::initializer_list<int64_t> sizes, torch::headeronly::ScalarType type) {
   return torch::stable::new_empty(like, torch::headeronly::IntHeaderOnlyArrayRef(sizes.begin(), sizes.size()), type);
 }
@@ -245,16 +266,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> decode_step_(
   check_logits(kOp, logits_info, {rows, forbidden, deferred, previous_logits, mask_id, vocab_limit, features, exact},
                checker, p);
   check_tokens(kOp, tokens_info, logits_info, p);
-  p.block_start = checker.per_request_int64("block_start", block_start);
-  p.policy = checker.per_request_int64("policy", policy);
-  p.threshold = checker.per_request_fp32("threshold", threshold);
-  p.relaxed_threshold = checker.per_request_fp32("relaxed_threshold", relaxed_threshold);
-  p.radius = checker.per_request_int64("radius", radius);
-  p.temperature = checker.per_request_fp32("temperature", temperature);
+  check_shared(checker, {block_start, threshold, relaxed_threshold, temperature, step, stable_steps}, p);
+  check_policies(checker, policy, radius, steps_left, p);
   p.seed = checker.per_request_int64("seed", seed);
-  p.step = checker.per_request_int64("step", step);
-  p.steps_left = checker.per_request_int64("steps_left", steps_left);
-  p.stable_steps = checker.per_position_int64("stable_steps", stable_steps);
   p.tickets = checker.tickets("tickets", tickets);
 
   check_requests(kOp, p);
@@ -288,13 +302,8 @@ std::tuple<Tensor, Tensor> confidence_scan(const Tensor& logits, const Tensor& t
   check_logits(kOp, logits_info, {rows, forbidden, deferred, previous_logits, mask_id, vocab_limit, features, exact},
                checker, p);
   check_tokens(kOp, tokens_info, logits_info, p);
-  p.block_start = checker.per_request_int64("block_start", block_start);
-  p.threshold = checker.per_request_fp32("threshold", threshold);
-  p.relaxed_threshold = checker.per_request_fp32("relaxed_threshold", relaxed_threshold);
-  p.temperature = checker.per_request_fp32("temperature", temperature);
+  check_shared(checker, {block_start, threshold, relaxed_threshold, temperature, step, stable_steps}, p);
   p.seed = checker.per_request_int64("seed", seed);
-  p.step = checker.per_request_int64("step", step);
-  p.stable_steps = checker.per_position_int64("stable_steps", stable_steps);
   p.tickets = checker.tickets("tickets", tickets);
 
   check_requests(kOp, p);
@@ -328,15 +337,8 @@ std::tuple<Tensor, Tensor> select_and_commit_(const Tensor& candidates, const Te
   check_features(kOp, features);
   p.mask_id = mask_id;
   p.features = static_cast<int32_t>(features);
-  p.block_start = checker.per_request_int64("block_start", block_start);
-  p.policy = checker.per_request_int64("policy", policy);
-  p.threshold = checker.per_request_fp32("threshold", threshold);
-  p.relaxed_threshold = checker.per_request_fp32("relaxed_threshold", relaxed_threshold);
-  p.radius = checker.per_request_int64("radius", radius);
-  p.temperature = checker.per_request_fp32("temperature", temperature);
-  p.step = checker.per_request_int64("step", step);
-  p.steps_left = checker.per_request_int64("steps_left", steps_left);
-  p.stable_steps = checker.per_position_int64("stable_steps", stable_steps);
+  check_shared(checker, {block_start, threshold, relaxed_threshold, temperature, step, stable_steps}, p);
+  check_policies(checker, policy, radius, steps_left, p);
 
   check_requests(kOp, p);
   const ExecutionScope scope(candidates);

@@ -56,8 +56,7 @@ TW_DEVICE RowPart empty_part() {
 }
 
 // The exponent for sums whose largest logit is max: terms are then at most 1, the largest more than 1/2. Beyond
-// kLargestLogit products with kLog2E have no fraction left; there it is 0, where the terms of sentinels like -1e10 are
-// 0.
+// kLargestLogit products with kLog2E have no fraction left: there it is 0, and terms of sentinels like -1e10 vanish.
 TW_DEVICE float exponent_for(float max) {
   return max > -kLargestLogit && max < kLargestLogit ? arch::ceiling(max * kLog2E) : 0.0f;
 }

@@ -127,8 +127,7 @@ TW_CPU RowPart scan_segment(const T* logits, const T* previous, int64_t count, c
   return part;
 }
 
-// ----------------------------------------------------------------------------------------------------------------
-// noise
+// ------------------------------------------------------------------------------------------------------------ noise
 
 // ln(x) for normal x > 0. Absolute error about 1e-7 of the result or of 1, whichever is larger.
 TW_CPU float log_scalar(float x) {

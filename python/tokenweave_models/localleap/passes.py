@@ -137,9 +137,7 @@ class Passes:
         """int64 tensors of the CPU on the device, in one copy that the host does not wait for."""
         if self.device.type == "cpu":
             return tensors
-        packed = torch.cat([tensor.flatten() for tensor in tensors]).pin_memory().to(self.device, non_blocking=True)
-        parts = packed.split([tensor.numel() for tensor in tensors])
-        return [part.view(tensor.shape) for part, tensor in zip(parts, tensors, strict=True)]
+        return unpacked(packed(tensors).pin_memory().to(self.device, non_blocking=True), tensors)
 
     # ----------------------------------------------------------------------------------------------------------- passes
 
@@ -194,3 +192,14 @@ class Passes:
         if paddings.any():
             self._valid = torch.arange(self.length, device=self.device) >= self._paddings_on_device[:, None]
         self._graph: BlockGraph | None = None
+
+
+def packed(tensors: list[Tensor]) -> Tensor:
+    """All elements in one vector."""
+    return torch.cat([tensor.flatten() for tensor in tensors])
+
+
+def unpacked(vector: Tensor, like: list[Tensor]) -> list[Tensor]:
+    """Views of the vector that have the shapes of the tensors it was packed from."""
+    parts = vector.split([tensor.numel() for tensor in like])
+    return [part.view(tensor.shape) for part, tensor in zip(parts, like, strict=True)]

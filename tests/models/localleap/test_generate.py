@@ -367,16 +367,20 @@ def test_lengths_are_refused_before_memory_is_taken():
         plan_generate(CONFIG, PROMPTS[2:3], 8_000_000_000_000, BLOCK)
 
 
-@pytest.mark.parametrize("device", ["cpu", "cuda"])
-def test_all_that_is_sent_arrives_as_it_was(model, device, request):
-    """Several tensors as one copy."""
-    if device == "cuda":
-        request.getfixturevalue("cuda")
+SENT = [torch.arange(6).view(2, 3), torch.arange(0), torch.tensor([[7]])]
+
+
+def test_what_is_packed_comes_out_as_it_was():
+    vector = passes.packed(SENT)
+    assert vector.tolist() == [0, 1, 2, 3, 4, 5, 7]
+    assert all(map(torch.equal, SENT, passes.unpacked(vector, SENT)))
+
+
+def test_all_that_is_sent_to_a_gpu_arrives_as_it_was(cuda):
     one = passes.Passes(
-        random_model(CONFIG, 0, torch.float32, device), torch.zeros(1, 8, dtype=torch.int64, device=device),
-        torch.zeros(1, dtype=torch.int64), torch.zeros(1, dtype=torch.int64, device=device), 8, cache="none",
+        random_model(CONFIG, 0, torch.float32, "cuda"), torch.zeros(1, 8, dtype=torch.int64, device="cuda"),
+        torch.zeros(1, dtype=torch.int64), torch.zeros(1, dtype=torch.int64, device="cuda"), 8, cache="none",
     )  # fmt: skip
-    given = [torch.arange(6).view(2, 3), torch.arange(0), torch.tensor([[7]])]
-    sent = one._send(given)
-    assert all(tensor.device.type == device for tensor in sent)
-    assert all(map(torch.equal, given, [tensor.cpu() for tensor in sent]))
+    sent = one._send(SENT)
+    assert all(tensor.is_cuda for tensor in sent)
+    assert all(map(torch.equal, SENT, [tensor.cpu() for tensor in sent]))

@@ -16,6 +16,7 @@ from tokenweave_ops import _library, template_op  # noqa: F401  (template_op def
 from tokenweave_ops._decode_requests import POLICIES, DecodeRequests
 from tokenweave_ops._emulated_link import EmulatedLink
 from tokenweave_ops._errors import CommunicationError, CommunicationTimeout, PeerLost, RankDisagreement
+from tokenweave_ops._sinr_tables import GeometryTable, LogTable, PowerTable, SinrGrid, TwoSidedTable
 from tokenweave_ops._workspace import Workspace
 from tokenweave_ops.allreduce_rmsnorm import (
     add_rms_norm_,
@@ -36,6 +37,15 @@ from tokenweave_ops.anchor_decoding import (
     select_and_commit_,
 )
 from tokenweave_ops.batch_split import HalfBatch, split_batch
+from tokenweave_ops.sinr_field import (
+    ConditionalSums,
+    Estimate,
+    SinrSums,
+    estimate_from_sums,
+    rayleigh_conditional,
+    sample_geometry,
+    sample_power_domain,
+)
 from tokenweave_ops.token_split import (
     H100,
     HardwareProfile,
@@ -62,18 +72,26 @@ __all__ = [
     "POLICIES",
     "CommunicationError",
     "CommunicationTimeout",
+    "ConditionalSums",
     "DecodeRequests",
     "DecodeStep",
     "EmulatedLink",
+    "Estimate",
+    "GeometryTable",
     "HalfBatch",
     "HardwareProfile",
     "LinkModel",
+    "LogTable",
     "ModelShape",
     "PeerLost",
+    "PowerTable",
     "RankDisagreement",
     "RowScan",
+    "SinrGrid",
+    "SinrSums",
     "SplitOverride",
     "SplitPlan",
+    "TwoSidedTable",
     "WeavePass",
     "Workspace",
     "__version__",
@@ -86,14 +104,18 @@ __all__ = [
     "confidence_scan",
     "cpu_profile",
     "decode_step_",
+    "estimate_from_sums",
     "gather_residual_",
     "gemm_us",
     "load_overrides",
     "plan_gemm_split",
     "plan_token_split",
     "published_split",
+    "rayleigh_conditional",
     "rms_norm",
     "rms_norm_train",
+    "sample_geometry",
+    "sample_power_domain",
     "select_and_commit_",
     "split_batch",
     "weave_pass",

@@ -346,6 +346,18 @@ TW_ATOMIC(release)
 TW_ATOMIC(acq_rel)
 #undef TW_ATOMIC
 
+// Adds to a word of the block's shared memory; what was there is not returned.
+TW_DEVICE void add_shared(uint32_t& word, uint32_t value) {
+#if defined(__CUDACC__)
+  asm volatile(
+      "red.relaxed.cta.shared::cta.add.u32 [%0], %1;" ::"r"(static_cast<uint32_t>(__cvta_generic_to_shared(&word))),
+      "r"(value)
+      : "memory");
+#else
+  word += value;  // fibers switch at barriers and waits only
+#endif
+}
+
 template <Scope scope>
 TW_DEVICE void fence_acq_rel([[maybe_unused]] TW_SITE) {
 #if defined(__CUDACC__)
@@ -499,6 +511,16 @@ TW_DEVICE float fused_multiply_add(float a, float b, float c) {
 #if defined(__CUDACC__)
   float result;
   asm("fma.rn.f32 %0, %1, %2, %3;" : "=f"(result) : "f"(a), "f"(b), "f"(c));
+  return result;
+#else
+  return std::fma(a, b, c);
+#endif
+}
+
+TW_DEVICE double fused_multiply_add(double a, double b, double c) {
+#if defined(__CUDACC__)
+  double result;
+  asm("fma.rn.f64 %0, %1, %2, %3;" : "=d"(result) : "d"(a), "d"(b), "d"(c));
   return result;
 #else
   return std::fma(a, b, c);

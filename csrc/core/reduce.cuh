@@ -15,6 +15,21 @@ TW_DEVICE float warp_sum(float value) {
   return value;
 }
 
+// The same in float64, lanes 16 apart first, then 8, 4, 2, 1; a value travels as its two words.
+TW_DEVICE double warp_sum(double value) {
+#pragma unroll
+  for (int offset = arch::kWarpSize / 2; offset > 0; offset /= 2) {
+    uint32_t words[2];
+    __builtin_memcpy(words, &value, sizeof(words));
+    words[0] = arch::shuffle_xor(words[0], static_cast<uint32_t>(offset));
+    words[1] = arch::shuffle_xor(words[1], static_cast<uint32_t>(offset));
+    double other;
+    __builtin_memcpy(&other, words, sizeof(other));
+    value += other;
+  }
+  return value;
+}
+
 template <int kCount>
 struct BlockSumsStorage {
   arch::Array<float, 32 * kCount> warp_sums;

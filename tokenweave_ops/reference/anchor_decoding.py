@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from tokenweave_ops._decode_requests import POLICIES, DecodeRequests
+from tokenweave_ops.reference._philox import philox4x32_10
 
 SMALLEST_CONFIDENCE = torch.finfo(torch.float32).tiny
 LARGEST_LOGIT = 2.0**23  # from here on a maximum counts as infinite
@@ -15,23 +16,6 @@ KLASS_STEPS = 2  # in a row, for which a distribution must have been stable
 
 
 # --------------------------------------------------------------------------------------------------------------- a row
-
-
-def philox4x32_10(counter: Tensor, seed: int) -> Tensor:
-    """Philox4x32-10 of counters int64 ``[n, 4]`` (32-bit words): int64 ``[n, 4]``, in [0, 2^32)."""
-    mask = 0xFFFFFFFF
-    words = [counter[:, i] & mask for i in range(4)]
-    key = [seed & mask, (seed >> 32) & mask]
-    for _ in range(10):
-        products = []
-        for multiplier, word in ((0xD2511F53, words[0]), (0xCD9E8D57, words[2])):
-            low = (multiplier & 0xFFFF) * word  # in 16-bit halves: the product needs 64 bits unsigned
-            high = (multiplier >> 16) * word + (low >> 16)
-            products.append((high >> 16, ((high & 0xFFFF) << 16) | (low & 0xFFFF)))
-        (high0, low0), (high1, low1) = products
-        words = [high1 ^ words[1] ^ key[0], low1, high0 ^ words[3] ^ key[1], low0]
-        key = [(key[0] + 0x9E3779B9) & mask, (key[1] + 0xBB67AE85) & mask]
-    return torch.stack(words, dim=1)
 
 
 def gumbel_noise(vocab: int, seed: int, place: int, step: int) -> Tensor:

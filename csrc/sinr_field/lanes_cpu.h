@@ -1,0 +1,155 @@
+// Math<Part>: a CPU register's worth of lanes for arithmetic.cuh; see lanes.cuh for one lane.
+#pragma once
+
+#include "core/cpu.h"
+#include "sinr_field/lanes.cuh"
+
+namespace tokenweave::inline TOKENWEAVE_BACKEND::inline TOKENWEAVE_ISA {
+
+typedef int32_t PartInts __attribute__((vector_size(kRegisterBytes)));
+typedef int64_t WideInts __attribute__((vector_size(kRegisterBytes)));
+typedef double WideHalf __attribute__((vector_size(kRegisterBytes)));
+typedef float FloatHalf __attribute__((vector_size(kRegisterBytes / 2)));
+typedef int32_t IntHalf __attribute__((vector_size(kRegisterBytes / 2)));
+
+// A Part's lanes as float64, in two registers.
+struct WidePart {
+  WideHalf half[2];
+};
+
+TW_CPU WideHalf multiply_add(const WideHalf& a, const WideHalf& b, const WideHalf& c) {
+#if defined(__AVX512F__)
+  return _mm512_fmadd_pd(a, b, c);
+#elif defined(__AVX2__) && defined(__FMA__)
+  return _mm256_fmadd_pd(a, b, c);
+#else
+  return a * b + c;
+#endif
+}
+
+TW_CPU WidePart operator+(const WidePart& a, const WidePart& b) {
+  return {{a.half[0] + b.half[0], a.half[1] + b.half[1]}};
+}
+
+// values[index] of each lane, from memory.
+TW_CPU Part gather(const float* values, const PartBits& index) {
+#if defined(__AVX512F__)
+  return _mm512_i32gather_ps((__m512i)index, values, 4);
+#elif defined(__AVX2__)
+  return _mm256_i32gather_ps(values, (__m256i)index, 4);
+#else
+  Part result;
+  for (int lane = 0; lane < kPartLanes; ++lane) result[lane] = values[index[lane]];
+  return result;
+#endif
+}
+
+}  // namespace tokenweave::inline TOKENWEAVE_BACKEND::inline TOKENWEAVE_ISA
+
+namespace tokenweave::inline TOKENWEAVE_BACKEND {
+
+template <>
+struct Math<Part> {
+  using Bits = PartBits;
+  using Ints = PartInts;
+  using Wide = WidePart;
+  static constexpr int kLanesOfV = kPartLanes;
+
+  TW_MEMBER static Part multiply_add(const Part& a, const Part& b, const Part& c) {
+    return TOKENWEAVE_ISA::multiply_add(a, b, c);
+  }
+  TW_MEMBER static PartBits bits(const Part& v) { return (PartBits)v; }
+  TW_MEMBER static Part from_bits(const PartBits& b) { return (Part)b; }
+  TW_MEMBER static PartInts as_ints(const PartBits& b) { return (PartInts)b; }
+  TW_MEMBER static PartBits as_bits(const PartInts& i) { return (PartBits)i; }
+  TW_MEMBER static Part convert(const PartInts& i) { return __builtin_convertvector(i, Part); }
+  TW_MEMBER static PartInts truncate(const Part& v) { return __builtin_convertvector(v, PartInts); }
+  // Halves are exact, so that their sum rounds once, as a conversion does.
+  TW_MEMBER static Part convert(const PartBits& b) {
+#if defined(__AVX512F__)
+    return _mm512_cvtepu32_ps((__m512i)b);
+#else
+    return convert((PartInts)(b >> 16)) * 65536.0f + convert((PartInts)(b & 0xffffu));
+#endif
+  }
+  TW_MEMBER static Part divide(const Part& a, const Part& b) { return a / b; }
+  TW_MEMBER static Part square_root(const Part& v) {
+#if defined(__AVX512F__)
+    return _mm512_sqrt_ps(v);
+#elif defined(__AVX2__)
+    return _mm256_sqrt_ps(v);
+#elif defined(__x86_64__)
+    return _mm_sqrt_ps(v);
+#else
+    Part result;
+    for (int lane = 0; lane < kPartLanes; ++lane) result[lane] = __builtin_sqrtf(v[lane]);
+    return result;
+#endif
+  }
+  TW_MEMBER static bool any(const PartInts& condition) {
+#if defined(__AVX512F__)
+    return _mm512_movepi32_mask((__m512i)condition) != 0;
+#else
+    int32_t found = 0;
+    for (int lane = 0; lane < kPartLanes; ++lane) found |= condition[lane];
+    return found != 0;
+#endif
+  }
+
+  // Products of 32-bit lanes: even lanes at once, then odd ones, since the instruction fills a lane pair.
+  TW_MEMBER static void multiply_words(uint32_t multiplier, const PartBits& b, PartBits& high, PartBits& low) {
+#if defined(__AVX512F__)
+    const __m512i m = _mm512_set1_epi64(multiplier), even = _mm512_mul_epu32((__m512i)b, m),
+                  odd = _mm512_mul_epu32(_mm512_srli_epi64((__m512i)b, 32), m);
+    high = (PartBits)_mm512_mask_blend_epi32(0xaaaa, _mm512_srli_epi64(even, 32), odd);
+    low = (PartBits)_mm512_mask_blend_epi32(0xaaaa, even, _mm512_slli_epi64(odd, 32));
+#elif defined(__AVX2__)
+    const __m256i m = _mm256_set1_epi64x(multiplier), even = _mm256_mul_epu32((__m256i)b, m),
+                  odd = _mm256_mul_epu32(_mm256_srli_epi64((__m256i)b, 32), m);
+    high = (PartBits)_mm256_blend_epi32(_mm256_srli_epi64(even, 32), odd, 0xaa);
+    low = (PartBits)_mm256_blend_epi32(even, _mm256_slli_epi64(odd, 32), 0xaa);
+#else
+    for (int lane = 0; lane < kPartLanes; ++lane) {
+      const uint64_t product = static_cast<uint64_t>(multiplier) * b[lane];
+      high[lane] = static_cast<uint32_t>(product >> 32);
+      low[lane] = static_cast<uint32_t>(product);
+    }
+#endif
+  }
+
+  TW_MEMBER static WidePart widen(const Part& v) {
+    FloatHalf halves[2];
+    std::memcpy(halves, &v, sizeof(halves));
+    return {{__builtin_convertvector(halves[0], WideHalf), __builtin_convertvector(halves[1], WideHalf)}};
+  }
+  TW_MEMBER static WidePart scale(const Part& v, const PartInts& exponent) {
+    const PartInts biased = exponent + 1023;
+    IntHalf halves[2];
+    std::memcpy(halves, &biased, sizeof(halves));
+    WidePart result = widen(v);
+    for (int i = 0; i < 2; ++i) {
+      result.half[i] = result.half[i] * (WideHalf)(__builtin_convertvector(halves[i], WideInts) << 52);
+    }
+    return result;
+  }
+  TW_MEMBER static WidePart wide_multiply_add(const WidePart& a, const WidePart& b, const WidePart& c) {
+    return {{TOKENWEAVE_ISA::multiply_add(a.half[0], b.half[0], c.half[0]),
+             TOKENWEAVE_ISA::multiply_add(a.half[1], b.half[1], c.half[1])}};
+  }
+  TW_MEMBER static WidePart where(const PartInts& condition, const WidePart& a, const WidePart& b) {
+    IntHalf halves[2];
+    std::memcpy(halves, &condition, sizeof(halves));
+    WidePart result;
+    for (int i = 0; i < 2; ++i) {
+      result.half[i] = __builtin_convertvector(halves[i], WideInts) ? a.half[i] : b.half[i];
+    }
+    return result;
+  }
+  TW_MEMBER static WidePart at_most_one(const WidePart& v) {
+    WidePart result;
+    for (int i = 0; i < 2; ++i) result.half[i] = v.half[i] < 1.0 ? v.half[i] : WideHalf{} + 1.0;
+    return result;
+  }
+};
+
+}  // namespace tokenweave::inline TOKENWEAVE_BACKEND

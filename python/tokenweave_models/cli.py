@@ -5,6 +5,7 @@ import sys
 from collections.abc import Sequence
 
 from tokenweave_models.common.errors import UserError
+from tokenweave_models.densification.runner import main as densification
 from tokenweave_models.localleap.runner import main as localleap
 from tokenweave_models.tokenweave import demo
 from tokenweave_models.tokenweave.calibration import calibrate
@@ -20,6 +21,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "demo": (demo, "a small decoder on real text, eager against fused and woven, then the bench"),
         "simulate": (simulate, "replay TokenWeave's schedule for a model on GPUs that need not be here"),
         "localleap": (localleap, "decode masked diffusion language models: generate, bench, demo"),
+        "densification": (densification, "SINR, coverage and rate in Poisson fields, from sparse to ultra-dense"),
         "calibrate": (calibrate, "measure this device for the planner of token splits"),
     }
     for name, (program, words) in programs.items():

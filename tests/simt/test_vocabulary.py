@@ -22,7 +22,6 @@ FLOAT32_EPS = np.finfo(np.float32).eps
 
 def butterfly(values):
     """What warp_sum must give, addition by addition: all lanes of a warp hold the same bits at the end."""
-    values = values.astype(np.float32)
     for offset in (16, 8, 4, 2, 1):
         values = values + values[..., np.arange(32) ^ offset]
     return values
@@ -35,6 +34,22 @@ def test_warp_sum(kernels):
     assert np.array_equal(out, butterfly(data))
     exact = data.sum(-1, dtype=np.float64, keepdims=True)
     assert np.abs(out - exact).max() <= 5 * FLOAT32_EPS * np.abs(data).sum(-1).max()
+
+
+def test_warp_sum_of_doubles(kernels):
+    """Every bit of a double travels: the sum is that of the lanes in the same order, in float64."""
+    data = np.random.default_rng(1).standard_normal((3, 4, 32)) * 10.0 ** np.arange(-16, 16)
+    out = np.full_like(data, np.nan)
+    kernels.vocabulary.warp_sums_fp64(data, out, 3, 128)
+    assert np.array_equal(out, butterfly(data))
+
+
+def test_counts_in_shared_memory(kernels):
+    words = np.random.default_rng(2).integers(0, 32, 1001).astype(np.uint32)
+    out = np.full((3, 32), 7, np.uint32)
+    kernels.vocabulary.count_shared(words, out, len(words), 3, 96)
+    assert np.array_equal(out.sum(0), np.bincount(words, minlength=32))
+    assert (out.sum(1) > 0).all(), "every block counted apart"
 
 
 @pytest.mark.parametrize(

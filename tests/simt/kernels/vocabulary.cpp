@@ -15,6 +15,13 @@ HOST_BINDINGS(module) {
   m.def("warp_sums", [](py::object in, py::object out, int grid, int block) {
     run_kernel({"warp_sums", grid, block}, &warp_sums, data_of<float>(in), data_of<float>(out));
   });
+  m.def("warp_sums_fp64", [](py::object in, py::object out, int grid, int block) {
+    run_kernel({"warp_sums_fp64", grid, block}, &warp_sums_fp64, data_of<double>(in), data_of<double>(out));
+  });
+  m.def("count_shared", [](py::object in, py::object out, int64_t n, int grid, int block) {
+    run_kernel({"count_shared", grid, block, 1, sizeof(CountsStorage)}, &count_shared, data_of<uint32_t>(in),
+               data_of<uint32_t>(out), n);
+  });
   m.def("block_sums", [](py::object in, py::object out, int grid, int block_x, int block_y) {
     run_kernel({"block_sums", grid, block_x, block_y, sizeof(BlockSumStorage)}, &block_sums, data_of<float>(in),
                data_of<float>(out));

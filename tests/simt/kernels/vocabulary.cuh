@@ -12,6 +12,27 @@ TW_KERNEL void warp_sums(const float* in, float* out) {
   out[i] = warp_sum(in[i]);
 }
 
+TW_KERNEL void warp_sums_fp64(const double* in, double* out) {
+  const int64_t i = int64_t{blockIdx.x} * blockDim.x + arch::thread_index();
+  out[i] = warp_sum(in[i]);
+}
+
+// The words of `in` counted by value in shared memory: out[block][value].
+struct CountsStorage {
+  arch::Array<uint32_t, 32> counts;
+};
+TW_KERNEL void count_shared(const uint32_t* in, uint32_t* out, int64_t n) {
+  auto& storage = arch::shared<CountsStorage>();
+  if (arch::thread_index() < 32) storage.counts[arch::thread_index()] = 0;
+  arch::sync_block();
+  const int64_t stride = int64_t{gridDim.x} * blockDim.x;
+  for (int64_t i = int64_t{blockIdx.x} * blockDim.x + arch::thread_index(); i < n; i += stride) {
+    arch::add_shared(storage.counts[in[i]], 1);
+  }
+  arch::sync_block();
+  if (arch::thread_index() < 32) out[32 * blockIdx.x + arch::thread_index()] = storage.counts[arch::thread_index()];
+}
+
 // Twice with one storage, so that its reuse is tested too: out[0][thread], out[1][thread].
 TW_KERNEL void block_sums(const float* in, float* out) {
   auto& storage = arch::shared<BlockSumStorage>();

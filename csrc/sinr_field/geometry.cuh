@@ -135,7 +135,7 @@ struct Geometry {
     received.residual_share[d] = exists ? share_of(rest.deviation, total) : zero;
   }
 
-  TW_MEMBER V total(int d) const { return log2_add(received.interference[d], constant<V>(p.log2_noise)); }
+  TW_MEMBER V total(int d) const { return log2_with_noise(p, received.interference[d]); }
   TW_MEMBER V sinr(int d) const { return log2_sinr(received.signal[d], total(d)); }
   TW_MEMBER V rate(int d) const { return rate_of(received.signal[d], total(d)); }
 

@@ -31,16 +31,25 @@ TW_CPU WidePart operator+(const WidePart& a, const WidePart& b) {
   return {{a.half[0] + b.half[0], a.half[1] + b.half[1]}};
 }
 
-// values[index] of each lane, from memory.
-TW_CPU Part gather(const float* values, const PartBits& index) {
+// Four neighbouring floats for each lane, from rows[4 * row] on. With AVX-512 by pairs: a gather costs by its elements.
+TW_CPU void gather_rows(const float* rows, const PartBits& row, Part (&columns)[4]) {
 #if defined(__AVX512F__)
-  return _mm512_i32gather_ps((__m512i)index, values, 4);
+  const __m512i pair = (__m512i)(row * 2);
+  const __m256i low = _mm512_castsi512_si256(pair), high = _mm512_extracti64x4_epi64(pair, 1);
+  const __m512i even = _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
+  const __m512i odd = _mm512_setr_epi32(1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31);
+  for (int i = 0; i < 4; i += 2) {
+    const __m512 first = _mm512_castpd_ps(_mm512_i32gather_pd(low, rows + i, 8));
+    const __m512 last = _mm512_castpd_ps(_mm512_i32gather_pd(high, rows + i, 8));
+    columns[i] = _mm512_permutex2var_ps(first, even, last);
+    columns[i + 1] = _mm512_permutex2var_ps(first, odd, last);
+  }
 #elif defined(__AVX2__)
-  return _mm256_i32gather_ps(values, (__m256i)index, 4);
+  for (int i = 0; i < 4; ++i) columns[i] = _mm256_i32gather_ps(rows + i, (__m256i)(row * 4), 4);
 #else
-  Part result;
-  for (int lane = 0; lane < kPartLanes; ++lane) result[lane] = values[index[lane]];
-  return result;
+  for (int lane = 0; lane < kPartLanes; ++lane) {
+    for (int i = 0; i < 4; ++i) columns[i][lane] = rows[4 * int64_t{row[lane]} + i];
+  }
 #endif
 }
 

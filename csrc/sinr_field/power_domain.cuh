@@ -31,7 +31,7 @@ struct PowerDomain {
   TW_MEMBER void walk(const Realisations<V>& r) {
     const Seed seed{p.seed_low, p.seed_high};
     const V zero = constant<V>(0.0f);
-    V arrival = zero, reference[kDensities] = {}, sum[kDensities] = {};
+    V arrival = zero, reference[kDensities] = {}, sum[kDensities] = {}, found[kDensities] = {};
     const int32_t num_steps = p.num_terms / 4;
     for (int32_t step = 0; step < num_steps; ++step) {
       const Words<V> words = random_words(seed, r, kArrivals, static_cast<uint32_t>(step));
@@ -49,8 +49,9 @@ struct PowerDomain {
             received.signal[d] = received_power;
             continue;
           }
-          reference[d] = sum[d] == 0.0f ? received_power : reference[d];
+          reference[d] = found[d] == 0.0f ? received_power : reference[d];
           const V counts = received_power == kNothing ? zero : is_active;
+          found[d] = at_least(found[d], counts);  // not asked of the sum: the next reference need not wait for it
           sum[d] = sum[d] + counts * exp2_of(received_power - reference[d]);
         }
       }
@@ -74,7 +75,7 @@ struct PowerDomain {
   }
 
   TW_MEMBER V sinr(int d) const { return log2_sinr(received.signal[d], total(d)); }
-  TW_MEMBER V total(int d) const { return log2_add(received.interference[d], constant<V>(p.log2_noise)); }
+  TW_MEMBER V total(int d) const { return log2_with_noise(p, received.interference[d]); }
 
   // Given everything but the strongest power, whose arrival is uniform below the second: ln(1 + SINR) at arrivals
   // v^4 Gamma_2, one v in each piece of (0, 1). Unbiased for any number of pieces, since one uniform deviate shifts

@@ -35,7 +35,7 @@ struct SharedGains {
   TW_MEMBER float get(int32_t i) const { return gains[i * kSamplerThreads + arch::thread_index()]; }
 };
 
-// registers: <= 128 for the nearest cell, 168 for the strongest
+// registers: <= 168
 template <bool kStrongest>
 TW_KERNEL void __launch_bounds__(kSamplerThreads, kStrongest ? 1 : kRayleighBlocksPerSm)
     rayleigh_kernel(const RayleighParams p, const SamplerPlan plan) {

@@ -51,6 +51,12 @@ TW_DEVICE V log2_of_sum(const V& sum, const V& reference) {
   return sum > 0x1p-126f ? reference + log2_of(at_least(sum, constant<V>(0x1p-126f))) : constant<V>(kNothing);
 }
 
+// log2(I + W)
+template <class V>
+TW_DEVICE V log2_with_noise(const SamplerParams& p, const V& interference) {
+  return p.log2_noise == kNothing ? interference : log2_add(interference, constant<V>(p.log2_noise));
+}
+
 // ln(1 + signal / total)
 template <class V>
 TW_DEVICE V rate_of(const V& signal, const V& total) {

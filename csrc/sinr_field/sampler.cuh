@@ -168,4 +168,21 @@ TW_DEVICE void sample_tiles(const Params& p, const SamplerPlan& plan, const Tabl
   if (group >= 0) flush_group();
 }
 
+// The cells of each batch, in order: a thread for each sum.
+// registers: <= 40
+template <int kThreads>
+TW_KERNEL void __launch_bounds__(kThreads) fold_cells_kernel(const SamplerParams p) {
+  const int64_t items = 2 * p.num_items * p.num_densities, cells = num_cells(p.num_realisations);
+  const int64_t sums = num_batches(p.num_realisations) * items;
+  const int64_t stride = static_cast<int64_t>(gridDim.x) * kThreads;
+  for (int64_t i = static_cast<int64_t>(blockIdx.x) * kThreads + arch::thread_index(); i < sums; i += stride) {
+    const int64_t batch = i / items, item = i % items;
+    const int64_t first = batch * kCellsPerBatch,
+                  last = first + kCellsPerBatch < cells ? first + kCellsPerBatch : cells;
+    double sum = 0.0;
+    for (int64_t cell = first; cell < last; ++cell) sum += p.cell_sums[cell * items + item];
+    p.sums[i] = sum;
+  }
+}
+
 }  // namespace tokenweave::inline TOKENWEAVE_BACKEND

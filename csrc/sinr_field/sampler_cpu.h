@@ -11,9 +11,7 @@ namespace tokenweave::inline TOKENWEAVE_BACKEND::inline TOKENWEAVE_ISA {
 // Reads the four coefficients of an interval from a table in memory.
 struct ReadTable {
   const float* coefficients;
-  TW_MEMBER void operator()(const PartBits& interval, Part (&c)[4]) const {
-    for (int i = 0; i < 4; ++i) c[i] = gather(coefficients + i, interval * 4);
-  }
+  TW_MEMBER void operator()(const PartBits& interval, Part (&c)[4]) const { gather_rows(coefficients, interval, c); }
 };
 
 TW_CPU PartInts lane_numbers() {

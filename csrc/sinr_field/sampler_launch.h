@@ -32,7 +32,13 @@ inline SamplerPlan plan_densities(int64_t num_densities, int64_t num_realisation
 }
 
 // The second launch of every sampler: cells into batches.
-Status fold_cells(const SamplerParams& p, const ExecutionContext& context);
+inline Status fold_cells(const SamplerParams& p, const ExecutionContext& context) {
+  const int64_t sums = num_batches(p.num_realisations) * 2 * p.num_items * p.num_densities;
+  const int64_t blocks = (sums + kSamplerThreads - 1) / kSamplerThreads;
+  const int64_t most = max_grid() < 65536 ? max_grid() : 65536;
+  const LaunchConfig config{.kernel = "fold_cells", .grid = blocks < most ? blocks : most, .block_x = kSamplerThreads};
+  return launch(config, context, fold_cells_kernel<kSamplerThreads>, p);
+}
 
 // launch.operator()<kDensities, kIntervals>() for what the plan chose.
 template <class Launch>

@@ -146,6 +146,17 @@ def test_decode_step_streams_its_rows(machine_code, dtype):
         assert len(re.findall(r"\bMUFU\.EX2", function)) >= 16, "the terms of a group of packs are not unrolled"
 
 
+@pytest.mark.parametrize("op", ["sample_power_domain", "sample_geometry", "rayleigh_conditional"])
+def test_samplers_keep_the_bits_of_the_cpu(machine_code, op):
+    """No approximate exponential or logarithm, which differ from a CPU's; counts by one atomic in shared memory."""
+    code = machine_code(f"sinr_field/{op}.cu")
+    assert not re.search(r"\bMUFU\.(EX2|LG2)\b", code), "an approximation that no CPU has"
+    assert not re.search(r"\b(LDL|STL)\b", code), "local memory"
+    assert re.search(r"\bATOMS\.", code), "histograms are not counted in shared memory"
+    if op != "rayleigh_conditional":  # which reads its tables once for each realisation
+        assert re.search(r"\bLDS\.128\b", code), "the four coefficients of an interval are not one load"
+
+
 # ------------------------------------------------------------------------------------------- the check can fail
 
 LOG = """ptxas info    : Compiling entry function '_ZN10tokenweave12backend_cuda11some_kernelIfEEvNS0_1PE' for 'sm_90'

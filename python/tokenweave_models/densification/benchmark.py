@@ -1,8 +1,8 @@
-"""Time to equal error: P(SIR > threshold) by the usual simulation in a window and by the power domain, each run until its
-standard error is what was asked for, and the bias that no number of realisations removes.
+"""Time to equal error: P(SIR > threshold) by the usual simulation in a window and by the power domain, each run until
+its standard error is what was asked for, and the bias that no number of realisations removes.
 
-The network is one that every simulation knows, and whose answer is exact: one slope, Rayleigh fading, strongest cell, no
-noise. `python -m tokenweave_models.densification.benchmark` prints the table.
+The network is one that every simulation knows, and whose answer is exact: one slope, Rayleigh fading, strongest cell,
+no noise. `python -m tokenweave_models.densification.benchmark` prints the table.
 """
 
 from __future__ import annotations

@@ -115,9 +115,9 @@ class LogCurve:
             if (goal - end) * side <= 0:
                 continue
             places = [end]
-            while (goal - places[-1]) * side > 0:
+            while (goal - places[-1]) * side > 0:  # to the same places in whichever steps, so values are the same
                 place = places[-1] + side * (2.0 + 0.25 * abs(places[-1] - self._middle))
-                places.append(goal if (place - goal) * side > 0 else place)
+                places.append(float(np.clip(place, *self._limits)))
             kinks = self._kinks[(self._kinks > min(places)) & (self._kinks < max(places))]
             new = np.unique(np.concatenate([places, kinks]))
             edges, coefficients = self._fit(new)
@@ -186,7 +186,7 @@ class LogCurve:
         return self.coefficients @ signs, self.coefficients.sum(axis=1)
 
     def cover_values(self, low: float, high: float, sign: int) -> None:
-        """Adds panels until the values, which rise (``sign`` 1) or fall (-1), hold low and high, or the function ends."""
+        """Adds panels until the values, which rise (``sign`` 1) or fall (-1), hold low and high, or it ends."""
         self.cover(self._middle, self._middle)
         for side in (-1, 1):
             step = 4.0
@@ -208,13 +208,12 @@ class LogCurve:
         if not value.size:
             return np.zeros(value.shape)
         self.cover_values(float(value.min()), float(value.max()), sign)
-        left, right = self.edge_values()
+        left, _ = self.edge_values()
         # Rising order for searchsorted; polynomials of neighbours may cross by rounding.
         starts = np.maximum.accumulate(sign * left)
         panel = np.clip(np.searchsorted(starts, sign * value, side="right") - 1, 0, len(starts) - 1)
         low, high = np.full(value.shape, -1.0), np.full(value.shape, 1.0)
-        local = np.full(value.shape, 0.0)
-        low, high = np.full(value.shape, -1.0), np.full(value.shape, 1.0)
+        local = np.zeros(value.shape)
         slopes = self.coefficients[:, 1:] * np.arange(1, _CURVE_NODES)
         todo = np.ones(value.shape, dtype=bool)
         for _ in range(60):
@@ -230,7 +229,8 @@ class LogCurve:
                 break
         half = (self.edges[panel + 1] - self.edges[panel]) / 2
         place = self.edges[panel] + (local + 1) * half
-        return np.where(local > 1 - 1e-13, self.edges[panel + 1], place)  # exactly where a jump is
+        place = np.where(local > 1 - 1e-13, self.edges[panel + 1], place)  # exactly where a jump is
+        return np.where(local < -1 + 1e-13, self.edges[panel], place)
 
 
 def _horner(coefficients: np.ndarray, panel: np.ndarray, local: np.ndarray) -> np.ndarray:

@@ -14,7 +14,8 @@ throughput of dense cellular networks with stretched exponential path loss", IEE
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from math import inf, isfinite, log, log2, pi
+from itertools import pairwise
+from math import inf, isfinite, log, pi
 
 import numpy as np
 
@@ -184,14 +185,14 @@ class MultiSlope(PathLoss):
         owner, exponents, breaks = "MultiSlope", [float(b) for b in exponents], [float(r) for r in breakpoints_m]
         check(owner, "exponents", len(exponents) >= 1, "at least one number", exponents)
         check(owner, "exponents", all(0 <= b < inf for b in exponents), "0 or more and finite", exponents)
-        is_rising = all(low < high for low, high in zip(exponents, exponents[1:], strict=False))
+        is_rising = all(low < high for low, high in pairwise(exponents))
         check(owner, "exponents", is_rising, "strictly increasing", exponents)
         words = f"one fewer than the {len(exponents)} exponents"
         check(owner, "breakpoints_m", len(breaks) == len(exponents) - 1, words, breaks)
-        is_rising = all(low < high for low, high in zip([0.0, *breaks], [*breaks, inf], strict=True))
+        is_rising = all(low < high for low, high in pairwise([0.0, *breaks, inf]))
         check(owner, "breakpoints_m", is_rising, "positive, finite and strictly increasing", breaks)
         last = breaks[-1] if breaks else 0.0
-        check(owner, "r_inf_m", r_inf_m > last, f"above the last breakpoint, {last:g} m,", r_inf_m)
+        check(owner, "r_inf_m", r_inf_m > last, f"above the last breakpoint ({last:g} m)", r_inf_m)
         self._set_geometry(
             breaks[0] if breaks else height_m or min_distance_m or 1.0, height_m, min_distance_m, r_inf_m
         )
@@ -296,10 +297,10 @@ class PathLossFunction(PathLoss):
         check(owner, "near_exponent", 0 <= near_exponent < inf, "0 or more and finite", near_exponent)
         check(owner, "far_exponent", far_exponent >= 0, "0 or more", far_exponent)
         check(owner, "unit_m", 0 < unit_m < inf, "positive and finite", unit_m)
-        is_rising = all(low < high for low, high in zip([0.0, *breaks], [*breaks, inf], strict=True))
+        is_rising = all(low < high for low, high in pairwise([0.0, *breaks, inf]))
         check(owner, "breakpoints_m", is_rising, "positive, finite and strictly increasing", breaks)
         last = breaks[-1] if breaks else 0.0
-        check(owner, "r_inf_m", r_inf_m > last, f"above the last breakpoint, {last:g} m,", r_inf_m)
+        check(owner, "r_inf_m", r_inf_m > last, f"above the last breakpoint ({last:g} m)", r_inf_m)
         self._set_geometry(float(unit_m), height_m, min_distance_m, r_inf_m)
         if r_inf_m == inf:
             words = "above 2 on the infinite plane, or interference is infinite (or give r_inf_m)"

@@ -1,8 +1,8 @@
 """The measure of received powers, and the tables that the samplers read.
 
 Powers received from a Poisson field of base stations are themselves a Poisson process on (0, inf), with
-``density * L1(x)`` of them above x on average, ``L1(x) = integral of 2 pi r P(mark > x l(r)) dr``. All that the strongest
-cell's SINR depends on is density * L1. (The mapping and marking theorems for Poisson processes.)
+``density * L1(x)`` of them above x on average, ``L1(x) = integral of 2 pi r P(mark > x l(r)) dr``: the mapping and
+marking theorems for Poisson processes. All that the strongest cell's SINR depends on is density * L1.
 
 L1 is computed as an integral over panels in ln r, whose edges are where the path loss breaks and where the survival
 function turns, and then looked up on a smooth curve of ln L1 over ln x. Agreement with closed forms and with adaptive
@@ -11,8 +11,10 @@ quadrature is 1e-9 or better; see the tests.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import cached_property, partial
 from math import exp, inf, isfinite, log, nan, pi
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -26,9 +28,10 @@ SMALLEST_ARRIVAL = 2.0**-33  # no arrival that a sampler draws is earlier
 MOST_TERMS = 64
 _WHERE_IT_MATTERS = 200.0  # arrivals beyond this are not among the terms of any sampler
 _WEAKEST = 1 / 16
+_END_STEP = 140.0  # of ln L1: exp(-140) stands for 0 beyond the largest power there can be
 _TABLE_ERROR = 1e-5  # of a power, in log2
-_MAX_INTERVALS = 4096
 _LN2 = log(2.0)
+Table = TypeVar("Table", LogTable, TwoSidedTable)
 _BELOW = np.array([1.0, 2.0, 4.0, 8.0, 16.0, 24.0])  # the weight r^2 falls by exp(-48)
 _NEXT_TO_TOTAL = 1e-9  # relative: closer to the total, powers are taken as constant
 _DEEPEST = -1e5  # of ln L1 where marks are light; below, L1 is 0
@@ -82,7 +85,10 @@ class PowerMeasure:
 
     @cached_property
     def _kinks(self) -> np.ndarray:
-        breaks, marks = self.path_loss.log_loss(self.path_loss.log_corners()), np.array(self.fading.log_kinks, dtype=np.float64)
+        breaks, marks = (
+            self.path_loss.log_loss(self.path_loss.log_corners()),
+            np.array(self.fading.log_kinks, dtype=np.float64),
+        )
         if self.path_loss.is_bounded:
             breaks = np.append(breaks, self.log_loss_at_0)
         return np.unique((marks[:, None] - breaks).ravel())
@@ -167,7 +173,7 @@ class PowerMeasure:
         below = self._tail_curve(order)(np.nextafter(log_x, -inf))  # from the left, should it jump there
         # Where L1 jumps at x, g may lie inside the jump: what is left of it belongs to the tail.
         panel = np.clip(np.searchsorted(self._curve.edges, log_x, side="left") - 1, 0, None)
-        left, right = self._curve.edge_values()
+        right = self._curve.edge_values()[1]
         is_edge = self._curve.edges[np.minimum(panel + 1, len(right))] == log_x
         rest = np.expm1(np.where(is_edge, right[np.minimum(panel, len(right) - 1)] - log_g, 0.0))
         with np.errstate(divide="ignore"):
@@ -176,7 +182,6 @@ class PowerMeasure:
     def _tail_curve(self, order: int) -> LogCurve:
         if order not in self._tails:
             high = self._log_highest
-            # Without jumps at the end the integral up to it is finite and smooth enough; with one, so too.
             self._tails[order] = LogCurve(
                 lambda v: self._log_below(v, order), kinks=self._kinks, high=high, tolerance=1e-10
             )
@@ -213,7 +218,9 @@ class PowerMeasure:
         left, right = self._curve.edge_values()
         jumps = np.full(len(parts), -inf)
         size = -np.expm1(left[1:] - right[:-1])  # of L1 at the inner edges, relative
-        atoms = np.where(size > 1e-9, right[:-1] + np.log(np.maximum(size, 1e-300)) + order * self._curve.edges[1:-1], -inf)
+        atoms = np.where(
+            size > 1e-9, right[:-1] + np.log(np.maximum(size, 1e-300)) + order * self._curve.edges[1:-1], -inf
+        )
         count = min(len(atoms), len(edges) - 1)
         jumps[1 : 1 + count] = atoms[:count]  # the jump at edge k + 1 comes after panel k
         total = np.logaddexp.accumulate(np.stack([parts, jumps], axis=1).ravel())[1::2]
@@ -225,10 +232,10 @@ class PowerMeasure:
     def power_table(self, densities: tuple[float, float], device: torch.device | str = "cpu") -> PowerTable:
         """The table for :func:`tokenweave_ops.sample_power_domain`, for densities per u^2 from the first to the second.
 
-        As many intervals are taken as bring the error of a power, measured between the knots, below 1e-5 in log2, or
-        as there may be. The largest error found is kept as ``table_error``, in log2 (beyond 2^64 relative to log2 / 64):
-        a kink of the law, as without fading, leaves more. In a disc it does not count the weakest sixteenth of all
-        powers, next to g = ``total``, where log P may fall to -inf.
+        As many intervals are taken as bring the error of log2 P and of log2 L1, measured between the knots, below 1e-5,
+        or as there may be. The largest error found is kept as ``table_error`` (where a log2 is beyond 64, relative to a
+        64th of it): a kink of the law, as without fading, leaves more. What does not matter is not counted: arrivals
+        beyond 200, L1 below 1e-300, and in a disc the weakest sixteenth of all powers, where log P may fall to -inf.
 
         Raises:
             ValueError: the densities are not a positive, finite, ascending pair.
@@ -248,60 +255,103 @@ class PowerMeasure:
             log_x = self.log_power(log_g)
             return np.stack([log_x, self._log_tail(log_x, log_g, 1), self._log_tail(log_x, log_g, 2) / 2]) / _LN2
 
-        for log2_steps in range(4, 8):
-            table = LogTable.fit(planes, low, high, log2_steps)
-            self.table_error = self._table_error(table, _WHERE_IT_MATTERS / least)
-            if self.table_error < _TABLE_ERROR or 2 * table.coefficients.shape[1] > _MAX_INTERVALS:
-                break
+        # Where marks and gains are bounded L1 ends in a jump or a root; a cubic swings less before a lower step.
+        end = self._log_highest
+        last = float(self._curve(np.nextafter([end], -inf))[0]) if isfinite(end) else -inf
 
         def measure(z):
-            return self.log_measure(z * _LN2) / _LN2
+            left_of_0 = np.where((z == 0) & np.signbit(z), np.nextafter(0.0, -1.0), z)  # there it jumps without fading
+            return np.maximum(self.log_measure(left_of_0 * _LN2) / _LN2, (last - _END_STEP) / _LN2)
 
         reach = min(powers[1], -1.0) - 40.0, max(powers[0], 1.0) + 80.0
-        return PowerTable(table, self._fit_measure(measure, reach), self.total).to(device)
-
-    @staticmethod
-    def _fit_measure(function, reach: tuple[float, float]) -> TwoSidedTable:
-        for log2_steps in (6, 5, 4, 3):
-            try:
-                return TwoSidedTable.fit(function, *reach, log2_steps)
-            except ValueError as error:
-                if log2_steps == 3 or "intervals" not in str(error):
-                    raise
-        raise AssertionError
+        inverse, inverse_error = _refine(
+            lambda steps: LogTable.fit(planes, low, high, steps),
+            lambda table: self._inverse_error(table, _WHERE_IT_MATTERS / least),
+        )
+        measure_table, measure_error = _refine(
+            lambda steps: TwoSidedTable.fit(measure, *reach, steps),
+            lambda table: self._measure_error(table, log(_WHERE_IT_MATTERS / least)),
+        )
+        self.table_error = max(inverse_error, measure_error)
+        return PowerTable(inverse, measure_table, self.total).to(device)
 
     def _check_falls(self) -> None:
         left, right = self._curve.edge_values()
         falls = np.ravel(np.stack([left, right], axis=1))
         if not (np.diff(falls) <= 1e-9 * np.maximum(np.abs(falls[1:]), 1)).all():
-            raise ValueError("PowerMeasure: L1 must fall with the power; the path loss or the law of marks is not monotone")
+            raise ValueError(
+                "PowerMeasure: L1 must fall with the power; the path loss or the law of marks is not monotone"
+            )
 
-    def _table_error(self, table: LogTable, most: float) -> float:
+    def _inverse_error(self, table: LogTable, most: float) -> float:
         """The largest error of log2 P between the knots, where arrivals matter."""
-        shift = 23 - table.log2_steps
-        keys = np.arange(table.first_key, table.first_key + table.coefficients.shape[1] + 1, dtype=np.int32)
-        knots = (keys << shift).view(np.float32).astype(np.float64)
-        g = (knots[:-1, None] + np.diff(knots)[:, None] * np.array([1.0, 3.0, 5.0]) / 6).ravel()
+        g = _between(table.first_key, table.coefficients.shape[1], table.log2_steps)
         g = g[(g <= min(most, self.total * (1 - _WEAKEST))) & (g > 1e-300)]
-        exact = self.log_power(np.log(np.float32(g).astype(np.float64))) / _LN2
-        found = table.evaluate(torch.from_numpy(g)).numpy()
-        return float((np.abs(found - exact) / np.maximum(1.0, np.abs(exact) / 64)).max())
+        return _largest_error(table.evaluate(torch.from_numpy(g)), self.log_power(np.log(g)) / _LN2)
+
+    def _measure_error(self, table: TwoSidedTable, log_most: float) -> float:
+        """The largest error of log2 L1 between the knots, where L1 is neither beyond all arrivals nor below 1e-300."""
+        first = _key(1.0, table.log2_steps)
+        positive = len(table.coefficients) - table.negative
+        sides = [sign * (_between(first, n, table.log2_steps) - 1) for sign, n in ((-1, table.negative), (1, positive))]
+        z = np.concatenate(sides).astype(np.float32).astype(np.float64)
+        exact = self.log_measure(z * _LN2)
+        matters = (exact < min(log_most, log(self.total) - _WEAKEST)) & (exact > log(1e-300))
+        return _largest_error(table.evaluate(torch.from_numpy(z[matters])), exact[matters] / _LN2)
+
+
+def _refine(fit: Callable[[int], Table], error_of: Callable[[Table], float]) -> tuple[Table, float]:
+    """The coarsest table whose error is below 1e-5, or the finest there may be; its error."""
+    best = None
+    for log2_steps in range(4, 11):
+        try:
+            table = fit(log2_steps)
+        except ValueError as error:
+            if best is None or "intervals" not in str(error):
+                raise
+            break
+        best = table, error_of(table)
+        if best[1] < _TABLE_ERROR:
+            break
+    return best
+
+
+def _key(value: float, log2_steps: int) -> int:
+    return int(np.float32(value).view(np.int32)) >> (23 - log2_steps)
+
+
+def _between(first_key: int, count: int, log2_steps: int) -> np.ndarray:
+    """Three places inside each of the intervals of a table, off those where it is exact; fp32 numbers as float64."""
+    keys = np.arange(first_key, first_key + count + 1, dtype=np.int32)
+    knots = (keys << (23 - log2_steps)).view(np.float32).astype(np.float64)
+    places = knots[:-1, None] + np.diff(knots)[:, None] * np.array([1.0, 3.0, 5.0]) / 6
+    return places.ravel().astype(np.float32).astype(np.float64)
+
+
+def _largest_error(found: torch.Tensor, exact: np.ndarray) -> float:
+    errors = np.abs(found.numpy() - exact) / np.maximum(1.0, np.abs(exact) / 64)
+    return float(errors.max(initial=0.0))
 
 
 def geometry_table(path_loss: PathLoss, fading: Fading, device: torch.device | str = "cpu") -> GeometryTable:
     """The table for :func:`tokenweave_ops.sample_geometry` and :func:`tokenweave_ops.rayleigh_conditional`."""
     lines = path_loss.lines()
     if lines is None:
-        gain = LogTable.fit(lambda s: -path_loss.slant_log_loss(np.log(s) / 2) / _LN2, *_DISTANCES_SQUARED, log2_steps=4)
+        gain = LogTable.fit(
+            lambda s: -path_loss.slant_log_loss(np.log(s) / 2) / _LN2, *_DISTANCES_SQUARED, log2_steps=4
+        )
     else:
         gain = torch.tensor(lines, dtype=torch.float32)
     # Next to the rim nothing is left, whose logarithm no cubic follows.
     rim = (path_loss.r_inf * (1 - 1e-6)) ** 2
 
-    curves = [LogCurve(partial(path_loss.log_gain_integral, k), kinks=path_loss.log_corners()) for k in (1.0, 2.0)]
+    high = log(rim) / 2 if isfinite(rim) else inf
+    curves = [
+        LogCurve(partial(path_loss.log_gain_integral, k), kinks=path_loss.log_corners(), high=high) for k in (1.0, 2.0)
+    ]
 
     def far(s):
-        log_r = np.log(np.minimum(s, rim)) / 2
+        log_r = np.minimum(np.log(s) / 2, high)
         return np.stack([curves[0](log_r), curves[1](log_r) / 2]) / _LN2
 
     return GeometryTable(

@@ -17,9 +17,9 @@ path loss       ``slope:BETA``; ``ms:B0@R1,B1@R2,...,BK``, exponents and the bre
                 ``stretched:A,B``, exp(A r^B) with r in metres; ``table:FILE``, lines ``distance_m loss_db``.
                 Then, each at most once: ``;h=LENGTH`` (height), ``;min=LENGTH`` (shortest distance), ``;rinf=LENGTH``
                 (radius of the disc). ``ms:0@10m,4;rinf=40km``
-fading          factors joined by ``*``: ``none``, ``rayleigh``, ``gamma:K``, ``nakagami:M``, ``rice:KdB``, ``weibull:K``,
-                ``lognormal:SdB``, ``suzuki:SdB``, ``pareto:ALPHA``, ``logpareto:G``, ``table:FILE``, lines
-                ``mark P(above)``. ``rayleigh*lognormal:8dB``
+fading          factors joined by ``*``: ``none``, ``rayleigh``, ``gamma:K``, ``nakagami:M``, ``rice:KdB``,
+                ``weibull:K``, ``lognormal:SdB``, ``suzuki:SdB``, ``pareto:ALPHA``, ``logpareto:G``, ``table:FILE``,
+                lines ``mark P(above)``. ``rayleigh*lognormal:8dB``
 ==============  =====================================================================================================
 
 Whatever else comes is refused with a :class:`UserError` that names the field, says what may stand there, and what came.

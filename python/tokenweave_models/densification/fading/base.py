@@ -10,6 +10,7 @@ import numpy as np
 from tokenweave_models.densification.log_domain import LogCurve, log_integral
 
 SMALLEST_E = 1e-40  # of a quantile: no integral and no sample feels what is below
+_LARGEST_E = 1e6  # beyond, ln e of a light tail goes on as a straight line
 _LEAST_E = 1e-120  # that a quantile is told from another; products of marks feel their factors so far
 _LOW_EDGES = np.exp(np.arange(-37.0, 0.1, 1.25))  # of e below 1
 _STEEPEST = 1e300  # ln of marks beyond is not told from infinity
@@ -46,10 +47,12 @@ class Fading:
     @cached_property
     def _log_hazard(self) -> LogCurve:
         """ln of e = -ln P(mark > exp(log_m)) over log_m."""
-        return LogCurve(
-            lambda v: np.log(np.maximum(-self.log_survival(v), 5e-324)), kinks=self.log_kinks, low=self.log_min, high=self.log_max,
-            tolerance=1e-13,
-        )  # fmt: skip
+
+        def log_hazard(log_m):
+            return np.log(np.maximum(-self.log_survival(log_m), 5e-324))
+
+        ends = {"low": self.log_min, "high": self.log_max}
+        return LogCurve(log_hazard, kinks=self.log_kinks, tolerance=1e-13, **ends)
 
     def log_quantile(self, e: np.ndarray) -> np.ndarray:
         """ln m with P(mark > m) = exp(-e), e > 0, any shape."""
@@ -65,7 +68,7 @@ class Fading:
         # Integrand exp(power Q(e) - e): where the tail is heavy it falls slowly, so panels end at 80 / (1 - q / alpha).
         far = 80.0 / (1 - power / self.tail_index) if isfinite(self.tail_index) else 80.0
         roots = np.arange(1.0, 120.0) ** 2
-        edges = np.concatenate([[0.0], _LOW_EDGES, roots, far * 2.0 ** np.arange(0, 3)])
+        edges = np.concatenate([[0.0], _LOW_EDGES, roots, far * 2.0 ** np.arange(-16.0, 1.0)])
         edges = np.unique(np.concatenate([edges, -self.log_survival(np.array(self.log_kinks, dtype=np.float64))]))
         edges = edges[np.isfinite(edges)]
 
@@ -107,6 +110,43 @@ class Fading:
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.describe()})"
+
+
+class LookedUp(Fading):
+    """A law whose survival function is costly: computed once as a curve, ln of the hazard e over ln m, and looked up.
+
+    A subclass defines :meth:`_log_hazard_exact`.
+    """
+
+    def _log_hazard_exact(self, log_m: np.ndarray) -> np.ndarray:
+        """ln of -ln P(mark > exp(log_m)), float64 ``[n]``."""
+        raise NotImplementedError
+
+    @cached_property
+    def _log_hazard(self) -> LogCurve:
+        return LogCurve(
+            self._log_hazard_exact, kinks=self.log_kinks, low=self.log_min, high=self.log_max, tolerance=1e-10
+        )
+
+    @cached_property
+    def _looked_up(self) -> tuple[float, float]:
+        """ln m below which P(mark > m) counts as 1, and above which the curve of a light tail is not followed."""
+        ends = [SMALLEST_E, _LARGEST_E] if self.tail_index == inf else [SMALLEST_E]
+        found = self._log_hazard.inverse(np.log(ends), 1)
+        return float(found[0]), float(found[1]) if self.tail_index == inf else inf
+
+    def log_survival(self, log_m):
+        log_m = np.asarray(log_m, dtype=np.float64)
+        low, high = self._looked_up
+        inside = (log_m > low) & (log_m < self.log_max)
+        result = np.where(log_m <= low, 0.0, -inf)
+        looked_up = np.minimum(log_m[inside], high)
+        log_e = self._log_hazard(looked_up)
+        if isfinite(high):
+            log_e += self._log_hazard.slope(np.array([high])) * (log_m[inside] - looked_up)
+        with np.errstate(over="ignore"):
+            result[inside] = -np.exp(log_e)
+        return result
 
 
 def _check_power(power: float) -> None:

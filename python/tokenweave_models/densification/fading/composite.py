@@ -7,16 +7,15 @@ from math import hypot, inf
 
 import numpy as np
 
-from tokenweave_models.densification.fading.base import SMALLEST_E, Fading
+from tokenweave_models.densification.fading.base import Fading, LookedUp
 from tokenweave_models.densification.fading.light import LogNormal, NoFading, Rayleigh, db_of
-from tokenweave_models.densification.log_domain import LogCurve, log_integral
+from tokenweave_models.densification.log_domain import log_integral
 
 _TINY = 1e-300
-_LARGEST_E = 1e6
 _MOST = 1e4  # quantiles of either factor are looked at closely as far as exp(-1e4)
 
 
-class Product(Fading):
+class Product(LookedUp):
     """The product of two independent marks; its survival function is an integral, computed once and looked up.
 
     Tail: the heavier factor's index; its constant times the moment of the other of that order where that is finite
@@ -34,6 +33,7 @@ class Product(Fading):
             self.tail_constant = self._heavy.tail_constant * self._light.moment(self.tail_index)
         self.log_min = first.log_min + second.log_min
         self.log_max = first.log_max + second.log_max
+        self.log_kinks = tuple(a + b for a in first.log_kinks for b in second.log_kinks)
 
     @cached_property
     def _edges(self) -> tuple[np.ndarray, np.ndarray]:
@@ -47,7 +47,9 @@ class Product(Fading):
         """ln E exp(log_probability(log_m - ln light)), over e of the light factor: its mark is that of exp(-e)."""
         own, heavy_edges = self._edges
         crossing = -self._light.log_survival(log_m[:, None] - heavy_edges)
-        edges = np.concatenate([np.broadcast_to(own, (len(log_m), len(own))), np.clip(crossing, 0.0, own.max())], axis=1)
+        edges = np.concatenate(
+            [np.broadcast_to(own, (len(log_m), len(own))), np.clip(crossing, 0.0, own.max())], axis=1
+        )
 
         def log_integrand(rows, e):
             return log_probability(log_m[rows] - self._light.log_quantile(np.maximum(e, _TINY))) - e
@@ -63,25 +65,6 @@ class Product(Fading):
             with np.errstate(divide="ignore"):
                 result[is_low] = np.where(below < -30, below, np.log(-np.log1p(-np.exp(below))))
         return result
-
-    @cached_property
-    def _log_hazard(self):
-        kinks = [a + b for a in self.factors[0].log_kinks for b in self.factors[1].log_kinks]
-        return LogCurve(self._log_hazard_exact, kinks=kinks, low=self.log_min, high=self.log_max, tolerance=1e-10)
-
-    def log_survival(self, log_m):
-        log_m = np.asarray(log_m, dtype=np.float64)
-        low, high = self._looked_up
-        inside = (log_m > low) & (log_m < high)
-        result = np.where(log_m <= low, 0.0, -inf)
-        result[inside] = -np.exp(self._log_hazard(log_m[inside]))
-        return result
-
-    @cached_property
-    def _looked_up(self) -> tuple[float, float]:
-        """ln m below which P(mark > m) counts as 1, and above which it counts as 0 where the tail is light."""
-        low, high = self._log_hazard.inverse(np.log([SMALLEST_E, _LARGEST_E]), 1)
-        return float(low), float(high) if self.tail_index == inf else self.log_max
 
     def moment(self, power):
         first, second = (law.moment(power) for law in self.factors)

@@ -7,7 +7,7 @@ from math import ceil, inf, lgamma, log, log10, sqrt
 import numpy as np
 from scipy import special
 
-from tokenweave_models.densification.fading.base import Fading, check_positive
+from tokenweave_models.densification.fading.base import Fading, LookedUp, check_positive
 
 _LN10_OVER_10 = log(10.0) / 10.0  # nepers of power in a decibel
 _RICE_FAR = 1e5  # times the mean: there ln P(m > x) is beyond -1e4
@@ -84,7 +84,7 @@ class Nakagami(Gamma):
         return f"nakagami:{self.k:g}"
 
 
-class Rice(Fading):
+class Rice(LookedUp):
     """Power under Rice fading: a constant path, of ``k_db`` dB relative to the scattered ones; mean 1.
 
     Raises:
@@ -96,9 +96,8 @@ class Rice(Fading):
             raise ValueError(f"Rice: k_db must be finite and at most 40 dB, got {k_db}")
         self.k_db, self._k = float(k_db), 10 ** (k_db / 10)
 
-    def log_survival(self, log_m):
-        log_m = np.asarray(log_m, dtype=np.float64)
-        y = (1 + self._k) * np.exp(np.clip(log_m.ravel(), -700.0, 80.0))
+    def _log_hazard_exact(self, log_m):
+        y = (1 + self._k) * np.exp(np.clip(log_m, -700.0, 80.0))
         # Far out, b = sqrt(2 y): the integral over x > b of x exp(-(x^2 + a^2) / 2) I0(a x), to leading order.
         a, b = sqrt(2 * self._k), np.sqrt(2 * y)
         is_near = y < _RICE_FAR * (1 + self._k)
@@ -107,7 +106,7 @@ class Rice(Fading):
         near = y[is_near]
         parts = [self._mixture(part) for part in np.array_split(near, 1 + len(near) // 256)]
         result[is_near] = np.concatenate(parts)
-        return result.reshape(log_m.shape)
+        return np.log(-result)
 
     def _mixture(self, y: np.ndarray) -> np.ndarray:
         """A Poisson mixture, n ~ Poisson(K), of gamma laws of shape n + 1."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from math import inf, log
+from math import ceil, inf, sqrt
 
 import numpy as np
 
@@ -114,7 +114,8 @@ class FadingTable(Fading):
 
     @classmethod
     def from_samples(cls, samples: Sequence[float], tail_index: float | None = None, points: int = 64) -> FadingTable:
-        """The law of measured marks: ``points`` of their order statistics, evenly spread over ln P(mark > m).
+        """The law of measured marks: about ``points`` of their order statistics, and beyond the largest sqrt(n) of them
+        a power whose index, if not given, is Hill's estimate (Annals of Statistics, 1975) from these.
 
         Raises:
             ValueError: fewer than 20 samples, or one that is not positive and finite.
@@ -123,10 +124,15 @@ class FadingTable(Fading):
         if len(ordered) < 20 or not (ordered[0] > 0 and np.isfinite(ordered).all()):
             raise ValueError("FadingTable: samples must be at least 20 positive, finite numbers")
         count = len(ordered)
-        spread = np.concatenate([np.linspace(0, 1, points // 2), 1 - np.exp(-np.linspace(0, log(count), points // 2))])
-        ranks = np.unique(np.clip(np.round(spread * count).astype(int), 0, count - 1))
+        kept = count - max(_FIT_POINTS, ceil(sqrt(count)))  # beyond, single samples decide; they set the tail
+        spread = np.concatenate([np.linspace(0, 1, points // 2), 1 - np.geomspace(1, 1 - kept / count, points // 2)])
+        ranks = np.unique(np.clip(np.round(spread * count).astype(int), 0, kept))
         ranks = ranks[np.concatenate([[True], np.diff(ordered[ranks]) > 0])]
-        return cls(ordered[ranks], 1 - ranks / count, tail_index, name="samples")
+        excess = np.log(ordered[ranks[-1] :] / ordered[ranks[-1]]).mean()
+        is_fitted = tail_index is None
+        table = cls(ordered[ranks], 1 - ranks / count, 1 / excess if is_fitted else tail_index, name="samples")
+        table.tail_is_fitted = is_fitted
+        return table
 
     def log_survival(self, log_m):
         log_m = np.asarray(log_m, dtype=np.float64)

@@ -1,1 +1,1 @@
-"""`tokenweave densification ...`: sweeps, regimes, exact laws, the best density, orderings, figures and their checks."""
+"""`tokenweave densification ...`: sweeps, regimes, exact laws, the best density, orderings, figures, checks."""

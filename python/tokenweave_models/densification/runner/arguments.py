@@ -85,7 +85,8 @@ def _device(group: argparse._ActionsContainer) -> None:
 
 
 def _realisations(parser: argparse._ActionsContainer, default: int | None) -> None:
-    parser.add_argument("--n", type=realisations, default=default, metavar="N", help="realisations, as 1e6")
+    words = "realisations, as 1e6" + ("; not given: what --target-se needs, or else 2^18" if default is None else "")
+    parser.add_argument("--n", type=realisations, default=default, metavar="N", help=words)
 
 
 def _densities(parser: argparse._ActionsContainer) -> None:
@@ -165,7 +166,7 @@ def add_optimum(parser: argparse.ArgumentParser) -> None:
 
 
 def add_order(parser: argparse.ArgumentParser) -> None:
-    words = "JSON with path_loss, fading, association, noise and activity in the words of the command line, or a sweep's"
+    words = "JSON: path_loss, fading, association, noise, activity in the words of the command line; or a sweep's JSON"
     parser.add_argument("a", type=Path, metavar="A.json", help=words)
     parser.add_argument("b", type=Path, metavar="B.json", help="the network it is compared with")
     what = parser.add_argument_group("question")
@@ -180,7 +181,8 @@ def add_order(parser: argparse.ArgumentParser) -> None:
 
 def add_phase(parser: argparse.ArgumentParser) -> None:
     what = parser.add_argument_group("diagram")
-    what.add_argument("--near-exponents", default="0,0.5,1,1.5,2,2.5,3,4", metavar="B,...", help="beta_0 of each column")
+    what.add_argument("--near-exponents", default="0,0.5,1,1.5,2,2.5,3,4", metavar="B,...",
+                      help="beta_0 of each column")  # fmt: skip
     what.add_argument("--tail-indices", default="0.5,0.75,1,1.25,1.5,2,3,inf", metavar="A,...",
                       help="alpha of each row: Pareto marks; inf: Rayleigh fading")  # fmt: skip
     what.add_argument("--far-exponent", type=float, default=4.0, metavar="B", help="beyond 10 m")
@@ -214,7 +216,13 @@ def add_verify(parser: argparse.ArgumentParser) -> None:
 
 
 def add_bench(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--quick", action="store_true", help="fewer repetitions; for a look, not for a report")
-    parser.add_argument("--seed", type=seed, default=SEED, metavar="N")
-    _device(parser)
-    _outputs(parser, plot="error against time")
+    what = parser.add_argument_group("question: P(SIR > threshold), strongest cell, one slope, Rayleigh, no noise")
+    what.add_argument("--exponent", type=float, default=4.0, metavar="B", help="of the path loss, above 2")
+    what.add_argument("--threshold", default="0dB", metavar="T", help="0dB or 1x")
+    what.add_argument("--target-se", type=standard_error, default=1e-3, metavar="E", help="error to reach")
+    what.add_argument(
+        "--stations", type=float, default=256.0, metavar="N", help="in the window of the usual simulation"
+    )
+    what.add_argument("--seed", type=seed, default=SEED, metavar="N", help="of all random numbers")
+    _device(what)
+    _outputs(parser, plot="error against time, for several target errors")

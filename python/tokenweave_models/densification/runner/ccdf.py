@@ -17,12 +17,14 @@ from tokenweave_models.densification.runner.reporting import (
     print_regime_words,
     print_result,
     shown_columns,
+    title_of,
     written,
 )
 from tokenweave_models.densification.runner.sampling import save, sweep_with_bar
 from tokenweave_models.densification.samplers import choose_method
 
 LEVELS = (0.05, 0.5, 0.95)
+LIMIT_DB = np.arange(-30.0, 300.0, 0.25)  # below, no saturation law has anyone; above, one of tiny rho still has some
 RELIABILITIES = (0.1, 0.5, 0.9, 0.95, 0.99)
 
 
@@ -49,12 +51,11 @@ def run(arguments: argparse.Namespace) -> None:
         device=options.device_of(arguments.device),
         **options.provenance_of(arguments),
     )
-    title = f"{network.path_loss.describe()}, {network.fading.describe()}, {network.association} cell, {arguments.n} realisations"
-    print_result(title, result)
+    print_result(f"{title_of(network)}, {arguments.n} realisations", result)
     if arguments.meta:
         print_meta(result)
     else:
-        print_levels(result, limit_of(result, thresholds_db))
+        print_levels(result)
     print_regime_words(result)
     save(result, arguments.out)
     if arguments.plot is not None:
@@ -82,13 +83,17 @@ def level_db(thresholds_db: np.ndarray, ccdf: np.ndarray, level: float) -> float
     return float(np.interp(-level, -y, x))
 
 
-def print_levels(result: Result, limit: np.ndarray | None) -> None:
-    rows = [
-        (f"{density:.4g} /km2", *(plain(level_db(result.thresholds_db, ccdf, 1 - level)) for level in LEVELS))
-        for density, ccdf in zip(result.densities_per_km2, result.coverage, strict=True)
-    ]
-    if limit is not None:
-        rows.append(("limit", *(plain(level_db(result.thresholds_db, limit, 1 - level)) for level in LEVELS)))
+def print_levels(result: Result) -> None:
+    """From the histogram, whatever the thresholds; the conditional method has none."""
+    if result.provenance["method"] == "conditional":
+        return
+    edges_db, above, _ = result.sinr_ccdf()
+    laws = {
+        f"{density:.4g} /km2": (edges_db, row) for density, row in zip(result.densities_per_km2, above, strict=True)
+    }
+    if (limit := limit_of(result, LIMIT_DB)) is not None:
+        laws["limit"] = LIMIT_DB, limit
+    rows = [(name, *(plain(level_db(*law, 1 - level)) for level in LEVELS)) for name, law in laws.items()]
     print_table("SINR in dB that a share of all users is below", ("", *(f"{level:.0%}" for level in LEVELS)), rows)
 
 

@@ -18,6 +18,7 @@ from tokenweave_models.densification.runner.reporting import (
     plain,
     print_regime_words,
     print_result,
+    title_of,
     written,
 )
 from tokenweave_models.densification.runner.sampling import save, sweep_with_bar
@@ -33,7 +34,7 @@ def run(arguments: argparse.Namespace) -> None:
     result = sweep_with_bar(
         "integrating", network, densities, thresholds_db, method="exact", rate=rate, **options.provenance_of(arguments)
     )
-    print_result(f"{network.path_loss.describe()}, {network.fading.describe()}, {network.association} cell", result)
+    print_result(title_of(network), result)
     asymptotes = asymptotes_of(network, densities, 10 ** (thresholds_db[0] / 10))
     if asymptotes:
         print_table(

@@ -43,5 +43,5 @@ def run(arguments: argparse.Namespace) -> None:
     except ModuleNotFoundError as error:
         if error.name is None or error.name.split(".")[0] == "tokenweave_models":
             raise
-        raise UserError(f"{error.name} is not installed; run: pip install 'tokenweave-ops[models]' scipy") from error
+        raise UserError(f"{error.name} is not installed; run: pip install 'tokenweave-ops[models]'") from error
     command.run(arguments)

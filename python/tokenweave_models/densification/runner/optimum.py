@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 from dataclasses import asdict
 
+import numpy as np
+
 from tokenweave_models.common.console import print_table, print_text, progress
 from tokenweave_models.common.errors import UserError
 from tokenweave_models.common.output import check_output
@@ -12,7 +14,16 @@ from tokenweave_models.densification import units
 from tokenweave_models.densification.optimum import Optimum, optimum
 from tokenweave_models.densification.run import Progress
 from tokenweave_models.densification.runner import options, plots
-from tokenweave_models.densification.runner.reporting import print_warnings, with_error, write_report, written
+from tokenweave_models.densification.runner.reporting import (
+    print_warnings,
+    title_of,
+    with_error,
+    write_report,
+    written,
+)
+from tokenweave_models.densification.runner.sampling import sweep_with_bar
+
+CURVE_POINTS = 61  # of the plot
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -21,7 +32,13 @@ def run(arguments: argparse.Namespace) -> None:
     network = options.network_of(arguments)
     options.check_rate(network, arguments.quantity == "ase", "--quantity coverage can be asked for")
     provenance = options.provenance_of(arguments)
-    settings, device = options.settings_of(arguments), options.device_of(arguments.device)
+    given = {
+        "num_realisations": arguments.n,
+        "settings": options.settings_of(arguments),
+        "seed": arguments.seed,
+        "device": options.device_of(arguments.device),
+    } | provenance
+    threshold_db = threshold_of(arguments)
     low, high = range_of(arguments.range)
     with options.refused_in_words(), progress() as bar:
         task = bar.add_task("sampling", total=None)
@@ -30,21 +47,11 @@ def run(arguments: argparse.Namespace) -> None:
             bar.update(task, total=found.planned, completed=found.num_realisations)
 
         found = optimum(
-            network,
-            arguments.quantity,
-            threshold_of(arguments),
-            range_per_km2=(low, high),
-            num_realisations=arguments.n,
-            settings=settings,
-            seed=arguments.seed,
-            device=device,
-            progress=show,
-            **provenance,
-        )
+            network, arguments.quantity, threshold_db, range_per_km2=(low, high), progress=show, **given
+        )  # fmt: skip
     if found.kind == "interior":
         print_table(
-            f"{network.path_loss.describe()}, {network.fading.describe()}, {network.association} cell, "
-            f"{arguments.n} realisations",
+            f"{title_of(network)}, {arguments.n} realisations",
             ("quantity", "best density, /km2", "95 % interval", "value there"),
             [
                 (
@@ -55,11 +62,15 @@ def run(arguments: argparse.Namespace) -> None:
                 )
             ],
         )
-    print_text(found.words[0].upper() + found.words[1:])
+    print_text(f"Verdict: {found.words}")
     print_warnings(found.result.warnings)
     write_report(arguments.json, report_of(found) | {"provenance": found.result.provenance | provenance})
     if arguments.plot is not None:
-        plots.draw_optimum(arguments.plot, found)
+        thresholds_db = [] if threshold_db is None else [threshold_db]
+        densities = np.geomspace(low, high, CURVE_POINTS)
+        rate = arguments.quantity == "ase"
+        curve = sweep_with_bar("drawing", network, densities, thresholds_db, rate=rate, **given)
+        plots.draw_optimum(arguments.plot, found, curve)
         written(arguments.plot)
 
 

@@ -18,6 +18,7 @@ from tokenweave_models.densification import units
 from tokenweave_models.densification.network import Network
 from tokenweave_models.densification.samplers import Settings
 
+POSITIONAL = ("a", "b")  # arguments without a name of their own
 RESULT_SUFFIXES = (".npz", ".csv", ".json")
 OWN_ERRORS = ("sweep:", "sample_power_domain:", "sample_geometry:", "rayleigh_conditional:", "compare:", "optimum:")
 
@@ -110,10 +111,10 @@ def provenance_of(arguments: argparse.Namespace) -> dict[str, str]:
     for name, value in vars(arguments).items():
         if name in hidden or value is None or value is False or value == []:
             continue
-        option = f"--{name.replace('_', '-')}"
+        option = "" if name in POSITIONAL else f"--{name.replace('_', '-')}="
         for one in value if isinstance(value, list) else [value]:
             text = ",".join(one) if isinstance(one, tuple) else str(one)
-            words.append(option if one is True else f"{option}={text}")
+            words.append(option[:-1] if one is True else option + text)
     return {"command": shlex.join(words), "date": now()}
 
 

@@ -89,9 +89,9 @@ def print_comparison(
         f"a less b, {found.num_realisations} realisations, {found.tolerance_db:.2g} dB are let pass as rounding",
         (
             "density, /km2",
-            *(f"P(SINR > {thresholds_db[column]:g} dB)" for column in columns),
-            *(["rate, nats/s/Hz"] if has_rate else []),
-            "the other way round",
+            *(f"P > {thresholds_db[column]:g} dB" for column in columns),
+            *(["rate"] if has_rate else []),
+            "other way round",
             "star order",
         ),
         [
@@ -100,7 +100,7 @@ def print_comparison(
                 *(with_error(found.coverage.value[row, c], found.coverage.standard_error[row, c]) for c in columns),
                 *([with_error(found.rate_nats.value[row], found.rate_nats.standard_error[row])] if has_rate else []),
                 str(found.violations[row]) + (f", by {found.worst_db[row]:.3g} dB" if found.worst_db[row] else ""),
-                "holds" if found.star_ordered[row] else "does not hold",
+                "yes" if found.star_ordered[row] else "no",
             )
             for row, density in enumerate(densities)
         ],

@@ -6,6 +6,7 @@ import argparse
 from dataclasses import dataclass
 from math import inf
 
+import numpy as np
 
 from tokenweave_models.common.console import print_table, print_text, progress
 from tokenweave_models.common.errors import UserError
@@ -117,6 +118,5 @@ def print_cells(arguments: argparse.Namespace, near: list[float], tails: list[fl
 
 
 def words_of(slope: Slope) -> str:
-    return f"{slope.value:.3f} ({plain(slope.predicted)})"
-
-
+    fitted = "-" if np.isnan(slope.value) else f"{slope.value:.3f}"
+    return f"{fitted} ({plain(slope.predicted)})"

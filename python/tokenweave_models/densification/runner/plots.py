@@ -82,8 +82,8 @@ def draw_line(axis, x, values, errors, colour: str, marker: str, label: str, eve
     axis.fill_between(x, np.maximum(low, 1e-3 * shown), high, color=colour, alpha=0.25, linewidth=0)
 
 
-def draw_slope(axis, x: np.ndarray, values: np.ndarray, exponent: float, colour: str) -> None:
-    """A dashed line of the predicted power over the last two decades, a little above the curve's end."""
+def draw_slope(axis, x: np.ndarray, values: np.ndarray, exponent: float) -> None:
+    """A dashed line of the predicted power over the last two decades, through the curve's end."""
     if not isfinite(exponent):
         return
     last = np.flatnonzero(np.isfinite(values) & (values > 0))
@@ -91,7 +91,7 @@ def draw_slope(axis, x: np.ndarray, values: np.ndarray, exponent: float, colour:
         return
     end = last[-1]
     span = x[(x >= x[end] / 100) & (x <= x[end])]
-    axis.plot(span, 1.25 * values[end] * (span / x[end]) ** exponent, color=colour, linestyle="--", linewidth=1.2)
+    axis.plot(span, values[end] * (span / x[end]) ** exponent, color="black", linestyle="--", linewidth=1.1, zorder=3)
 
 
 def logarithmic(axis, quantity: str, name: str) -> None:
@@ -104,8 +104,7 @@ def logarithmic(axis, quantity: str, name: str) -> None:
 def draw_sweeps(path: Path, results: Mapping[str, Result], quantities: Sequence[str] = QUANTITIES) -> None:
     """A panel for each quantity; a line for each result and, where there is one result, for some of its thresholds."""
     first = next(iter(results.values()))
-    quantities = [name for name in quantities if not np.isnan(values_of(first, name)[0]).all()] if has_items(first) else []
-    quantities = quantities or ["coverage"]
+    quantities = [name for name in quantities if has_values(first, name)]
     columns = min(2, len(quantities))
     rows = -(-len(quantities) // columns)
     figure, axes = canvas(rows, columns, (5.2 * columns, 3.9 * rows + 0.6))
@@ -117,8 +116,11 @@ def draw_sweeps(path: Path, results: Mapping[str, Result], quantities: Sequence[
     finish(figure, path, legend_of=widest)
 
 
-def has_items(result: Result) -> bool:
-    return len(result.thresholds_db) > 0
+def has_values(result: Result, quantity: str) -> bool:
+    """Not the rate where it was not asked for, nor a coverage without thresholds."""
+    if quantity in ("coverage", "coverage_density"):
+        return len(result.thresholds_db) > 0
+    return not np.isnan(result.rate_nats).all()
 
 
 def draw_quantity(axis, results: Mapping[str, Result], quantity: str, every: int = 1) -> None:
@@ -137,10 +139,28 @@ def draw_quantity(axis, results: Mapping[str, Result], quantity: str, every: int
             words = label or name or "rate"
             colour = COLOURS[style % len(COLOURS)]
             draw_line(axis, x, values, errors, colour, MARKERS[style % len(MARKERS)], words, every)
-            draw_slope(axis, x, values, result.regime.exponents[quantity], colour)
+            draw_slope(axis, x, values, result.regime.exponents[quantity])
             style += 1
-    axis.plot([], [], color="black", linestyle="--", linewidth=1.2, label="predicted slope")
+    axis.plot([], [], color="black", linestyle="--", linewidth=1.1, label="predicted slope of the limit")
     logarithmic(axis, quantity, names.pop() if len(names) == 1 else "threshold")
+
+
+def draw_times(path: Path, panels: Mapping[str, Mapping[str, Sequence[tuple[float, float, float]]]]) -> None:
+    """A panel for each title: by method (seconds, standard error, bias) of runs of growing length."""
+    figure, axes = canvas(1, len(panels), (5.2 * len(panels) + 0.6, 4.8), sharey=True)
+    for axis, (title, runs) in zip(axes.flat, panels.items(), strict=True):
+        for style, (method, points) in enumerate(runs.items()):
+            seconds, error, bias = np.array(points).T
+            colour, marker = COLOURS[style % len(COLOURS)], MARKERS[style % len(MARKERS)]
+            axis.plot(seconds, np.hypot(error, bias), color=colour, marker=marker, linewidth=1.5, label=method)
+            axis.plot(seconds, error, color=colour, linestyle=":", linewidth=1.2)
+        axis.plot([], [], color="black", linestyle=":", linewidth=1.2, label="standard error alone, without the bias")
+        axis.set_xscale("log")
+        axis.set_yscale("log")
+        axis.set_title(title, fontsize=10, loc="left")
+        axis.set_xlabel("wall time, s (tables built before)")
+    axes[0, 0].set_ylabel("error of P(SIR > threshold), bias included")
+    finish(figure, path, legend_of=axes[0, 0], columns=3)
 
 
 def draw_ccdf(path: Path, result: Result, limit: np.ndarray | None) -> None:
@@ -182,17 +202,21 @@ def draw_meta(path: Path, result: Result) -> None:
     finish(figure, path, legend_of=axes[0, 0], columns=4)
 
 
-def draw_optimum(path: Path, found: Optimum) -> None:
+def draw_optimum(path: Path, found: Optimum, curve: Result) -> None:
+    """``curve`` is a sweep over the whole range."""
     figure, axes = canvas(1, 1, (6.4, 4.4))
-    axis, result = axes[0, 0], found.result
-    values, errors = values_of(result, found.quantity)
-    draw_line(axis, result.densities_per_km2, values, errors, COLOURS[0], "o", found.quantity.replace("_", " "))
+    axis = axes[0, 0]
+    values, errors = values_of(curve, found.quantity)
+    name = found.quantity.replace("_", " ")
+    draw_line(axis, curve.densities_per_km2, values, errors, COLOURS[0], "o", name, every=4)
     if found.kind == "interior":
-        axis.axvspan(found.density_low, found.density_high, color=COLOURS[1], alpha=0.25, linewidth=0, label="95 % interval")
-        axis.axvline(found.density_per_km2, color=COLOURS[1], linewidth=1.2, label=f"best: {found.density_per_km2:.4g} /km$^2$")
+        low, best, high = found.density_low, found.density_per_km2, found.density_high
+        axis.axvspan(low, high, color=COLOURS[1], alpha=0.25, linewidth=0, label="its 95 % interval")
+        axis.axvline(best, color=COLOURS[1], linewidth=1.2, label=f"best: {best:.4g} /km$^2$")
     axis.set_xscale("log")
     axis.set_xlabel(DENSITY)
-    axis.set_ylabel(LABELS[found.quantity].format(f"{found.threshold_db:g} dB" if found.threshold_db is not None else ""))
+    threshold = "" if found.threshold_db is None else f"{found.threshold_db:g} dB"
+    axis.set_ylabel(LABELS[found.quantity].format(threshold))
     finish(figure, path, legend_of=axis, columns=3)
 
 
@@ -216,30 +240,40 @@ def draw_order(path: Path, densities: np.ndarray, thresholds_db: np.ndarray, fou
 def draw_phase(path: Path, cells: Sequence[Cell]) -> None:
     near = sorted({cell.near_exponent for cell in cells})
     tails = sorted({cell.tail_index for cell in cells})
-    slopes = np.full((len(tails), len(near)), np.nan)
-    figure, axes = canvas(1, 1, (1.0 * len(near) + 2.6, 0.62 * len(tails) + 2.2))
+    figure, axes = canvas(1, 1, (0.95 * len(near) + 2.4, 0.6 * len(tails) + 1.9))
     axis = axes[0, 0]
     axis.grid(visible=False)
+    slopes = np.full((len(tails), len(near)), np.nan)
     for cell in cells:
-        row, column = tails.index(cell.tail_index), near.index(cell.near_exponent)
-        slopes[row, column] = cell.slope.value
-    least = max(-3.0, float(np.nanmin(np.where(np.isfinite(slopes), slopes, np.nan), initial=-0.1)))
-    picture = axis.imshow(slopes, origin="lower", aspect="auto", cmap="viridis", vmin=least, vmax=0.0)
+        slopes[tails.index(cell.tail_index), near.index(cell.near_exponent)] = cell.slope.value
+    steepest = max(-2.0, float(np.nanmin(slopes)))
+    picture = axis.imshow(slopes, origin="lower", aspect="auto", cmap="viridis", vmin=steepest, vmax=0.0)
+    for corner in (1.0, 2.0):  # where the law changes: d / 2 and d of the near field, 1 and 2 of the tail
+        for values, line in ((near, axis.axvline), (tails, axis.axhline)):
+            if values[0] < corner < values[-1]:
+                place = np.interp(corner, np.minimum(values, 1e3), range(len(values)))
+                line(place, color="red", linestyle="--", linewidth=1.2, zorder=1)
     for cell in cells:
-        row, column = tails.index(cell.tail_index), near.index(cell.near_exponent)
+        place = near.index(cell.near_exponent), tails.index(cell.tail_index)
         value = cell.slope.value
-        fitted = "none left" if np.isnan(value) else f"{value:.2f}"
-        predicted = {-inf: "-inf"}.get(cell.slope.predicted, "log" if np.isnan(cell.slope.predicted) else f"{cell.slope.predicted:.2f}")
-        is_dark = not np.isnan(value) and value < 0.45 * least
-        axis.text(column, row, f"{fitted}\n({predicted})", ha="center", va="center", fontsize=8, color="white" if is_dark else "black")
+        shade = picture.cmap(picture.norm(value)) if not np.isnan(value) else (1.0, 1.0, 1.0, 1.0)
+        axis.text(
+            *place, words_of_cell(cell), ha="center", va="center", fontsize=8, zorder=2,
+            color="black" if sum(shade[:3]) > 1.4 else "white",
+            bbox={"facecolor": shade, "edgecolor": "none", "boxstyle": "round,pad=0.15"},
+        )  # fmt: skip
     axis.set_xticks(range(len(near)), [f"{value:g}" for value in near])
-    axis.set_yticks(range(len(tails)), ["inf" if value == inf else f"{value:g}" for value in tails])
-    for position, values, line in ((1.0, near, axis.axvline), (2.0, near, axis.axvline), (1.0, tails, axis.axhline), (2.0, tails, axis.axhline)):
-        if values[0] < position < values[-1]:
-            line(np.interp(position, [min(value, 1e3) for value in values], range(len(values))), color="red", linestyle="--", linewidth=1)
-    axis.set_xlabel(r"near-field exponent $\beta_0$")
-    axis.set_ylabel(r"tail index $\alpha$ of the fading")
+    axis.set_yticks(range(len(tails)), ["light" if value == inf else f"{value:g}" for value in tails])
+    axis.set_xlabel(r"near-field exponent $\beta_0$ (dashed: 1 and 2)")
+    axis.set_ylabel(r"tail index $\alpha$ of the fading (dashed: 1 and 2)")
     name = "P(SIR > threshold)" if cells[0].slope.quantity == "coverage" else "rate"
-    axis.set_title(f"slope of ln {name} over ln density: fitted (predicted)", fontsize=10, loc="left")
-    figure.colorbar(picture, ax=axis, label="fitted slope")
+    axis.set_title(f"d ln {name} / d ln density: fitted (predicted)", fontsize=10, loc="left")
+    figure.colorbar(picture, ax=axis, label="fitted slope", extend="min" if np.nanmin(slopes) < steepest else "neither")
     finish(figure, path)
+
+
+def words_of_cell(cell: Cell) -> str:
+    """What was fitted, and below it the prediction."""
+    fitted = "too small" if np.isnan(cell.slope.value) else f"{cell.slope.value + 0.0:.2f}".replace("-0.00", "0.00")
+    predicted = "log" if np.isnan(cell.slope.predicted) else f"{cell.slope.predicted:.2f}".replace("-0.00", "0.00")
+    return f"{fitted}\n({predicted})"

@@ -9,7 +9,7 @@ from math import inf
 from tokenweave_models.common.console import print_table, print_text
 from tokenweave_models.common.output import check_output
 from tokenweave_models.densification.runner import options
-from tokenweave_models.densification.runner.reporting import escaped, plain, print_warnings, write_report
+from tokenweave_models.densification.runner.reporting import escaped, plain, print_warnings, title_of, write_report
 
 NAMES = {"coverage": "coverage", "rate": "rate", "coverage_density": "coverage density", "ase": "ASE"}
 
@@ -31,7 +31,7 @@ def run(arguments: argparse.Namespace) -> None:
         for name, value in regime.moments.items()
     }
     print_table(
-        f"{network.path_loss.describe()}, {network.fading.describe()}, {network.association} cell",
+        title_of(network),
         ("of the power measure", "value"),
         [(name, plain(value)) for name, value in numbers.items()]
         + [(escaped(name), value) for name, value in moments.items()],

@@ -11,9 +11,10 @@ import numpy as np
 
 from tokenweave_models.common.console import print_table, print_text
 from tokenweave_models.common.output import write_json
+from tokenweave_models.densification.network import Network
 from tokenweave_models.densification.result import Result, Slope, _plain
 
-MOST_COLUMNS = 4  # of thresholds that a table shows
+MOST_COLUMNS = 5  # of thresholds that a table shows
 
 
 def with_error(value: float, error: float) -> str:
@@ -51,6 +52,10 @@ def shown_columns(thresholds_db: np.ndarray) -> list[int]:
     if count <= MOST_COLUMNS:
         return list(range(count))
     return sorted({round(place) for place in np.linspace(0, count - 1, MOST_COLUMNS)})
+
+
+def title_of(network: Network) -> str:
+    return f"{network.path_loss.describe()}, {network.fading.describe()}, {network.association} cell"
 
 
 def print_result(title: str, result: Result) -> None:
@@ -91,7 +96,8 @@ def print_slopes(slopes: Iterable[Slope], thresholds_db: Sequence[float]) -> Non
         ("quantity", "fitted", "95 % interval", "predicted", "verdict"),
         [
             (
-                slope.quantity.replace("_", " ") + ("" if slope.threshold_db is None else f", {slope.threshold_db:g} dB"),
+                slope.quantity.replace("_", " ")
+                + (f", {slope.threshold_db:g} dB" if slope.threshold_db is not None else ""),
                 with_error(slope.value, slope.standard_error),
                 f"{slope.low:.4f} to {slope.high:.4f}" if isfinite(slope.low) else "-",
                 plain(slope.predicted),

@@ -24,7 +24,10 @@ def sweep_with_bar(words: str, network: Network, densities_per_km2, thresholds_d
             error = "" if isnan(found.largest_se) else f", largest error {found.largest_se:.2g}"
             bar.update(task, total=found.planned, completed=found.num_realisations, description=words + error)
 
-        return sweep(network, densities_per_km2, thresholds_db, progress=show, **options)
+        result = sweep(network, densities_per_km2, thresholds_db, progress=show, **options)
+        done = result.provenance.get("num_realisations", 1)  # formulas show nothing, nor what was done
+        bar.update(task, total=done, completed=done)
+    return result
 
 
 def save(result: Result, paths: list[Path]) -> None:

@@ -13,6 +13,7 @@ from tokenweave_models.densification.runner.reporting import (
     print_result,
     print_slopes,
     shown_columns,
+    title_of,
     written,
 )
 from tokenweave_models.densification.runner.sampling import save, sweep_with_bar
@@ -71,7 +72,7 @@ def run(arguments: argparse.Namespace) -> None:
     )
     count = result.provenance.get("num_realisations")
     how = f"method {method}" + (f", {count} realisations, seed {arguments.seed}" if count else "")
-    print_result(f"{network.path_loss.describe()}, {network.fading.describe()}, {network.association} cell, {how}", result)
+    print_result(f"{title_of(network)}, {how}", result)
     print_slopes(result.slopes(), result.thresholds_db[shown_columns(result.thresholds_db)])
     print_regime_words(result)
     save(result, arguments.out)

@@ -31,7 +31,8 @@ DTYPE_NAME = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp3
 class Contestant:
     """`bind(buffers)` returns the call to time, with nothing left to look up. `outputs` maps the results of the
     reference that it computes to the buffers that hold them after the call, or to RETURNED; a yardstick computes
-    nothing and has none. `undo(buffers)` returns a call that takes back what repeated calls would do to the values."""
+    nothing and has none. `undo(buffers)` returns a call that takes back what repeated calls would do to the values.
+    `result` forms, untimed, what is compared from the call's return value."""
 
     name: str
     formulation: str
@@ -39,6 +40,7 @@ class Contestant:
     outputs: dict[str, str] = field(default_factory=dict)
     yardstick: bool = False
     undo: Callable[[Tensors], timing.Call] | None = None
+    result: Callable[[object], torch.Tensor] = lambda returned: returned
 
 
 @dataclass
@@ -57,6 +59,7 @@ class Case:
     skipped: dict[str, str] = field(default_factory=dict)  # baselines that cannot run here, and why
     independent_rows: bool = True  # the reference may be computed on a sample of rows
     close: Callable[[], object] = lambda: None  # gives back what the case's buffers were placed in
+    counts: dict[str, int] = field(default_factory=dict)  # of things a call does, where rows are not what counts
 
 
 def load_family(path: Path):
@@ -122,7 +125,7 @@ class Checker:
     def error(self, contestant: Contestant, buffers: Tensors) -> float:
         for name, tensor in buffers.items():
             tensor.copy_(self.inputs[name]) if name in self.inputs else tensor.fill_(math.nan)
-        holders = buffers | {RETURNED: contestant.bind(buffers)()}
+        holders = buffers | {RETURNED: contestant.result(contestant.bind(buffers)())}
         self.machine.synchronize()
         return max(
             max_error(self._take(holders[holder], holder), self.expected[result])
@@ -175,7 +178,7 @@ def _run_case(case: Case, machine, budget_s: float, monitor) -> list[dict]:
         "baselines": dict.fromkeys(wrong), "formulations": {c.name: c.formulation for c in case.contestants},
         "skipped": skipped, "max_err": error if math.isfinite(error) else None, "ok": error <= case.tolerance,
         "flags": [*(f"baseline_wrong:{name}" for name in wrong), *["partly_cached"] * (sets > 1 and not is_cold)],
-    }  # fmt: skip
+    } | ({"counts": case.counts} if case.counts else {})  # fmt: skip
     if not row["ok"]:
         return [row]
     modes = {"cold": buffers} if is_cold else {}
@@ -193,9 +196,11 @@ def _measured(row, case, machine, contestants, buffers, cache, budget_s, monitor
     for c in contestants:
         undo = [c.undo(one) for one in buffers] if c.undo else None
         samplers[c.name] = machine.sampler([c.bind(one) for one in buffers], rotation, undo)
-    states_limit = cache == "cold" and case.bytes >= MIN_LIMIT_BYTES and case.limit.kind != "none"
+    by_compute = case.limit.kind == "matmul"  # then caches change nothing
+    moves_enough = cache == "cold" and case.bytes >= MIN_LIMIT_BYTES and case.limit.kind != "none"
+    states_limit = by_compute or moves_enough
     if states_limit:
-        kind, calls, limit_bytes = machine.limit_calls(case.limit, buffers)
+        kind, calls, limit_work = machine.limit_calls(case.limit, buffers)  # bytes, or flops
         samplers["limit"] = machine.sampler(calls, rotation if len(calls) == len(buffers) else timing.Rotation(1))
     throttle: set[str] = set()
     watch = (lambda: throttle.update(monitor.throttle_reasons())) if monitor else None  # while the device is still warm
@@ -217,10 +222,12 @@ def _measured(row, case, machine, contestants, buffers, cache, budget_s, monitor
         "baselines": row["baselines"] | baselines, "flags": flags,
     }  # fmt: skip
     if states_limit:
-        rate = limit_bytes / timing.summarise(samples["limit"]).us / 1e3
-        row["limit"] = {"kind": kind, "gb_per_s": rate, "formulation": limits.FORMULATION[kind]}
+        rate = limit_work / timing.summarise(samples["limit"]).us / 1e3
+        unit = "gflop_per_s" if by_compute else "gb_per_s"
+        row["limit"] = {"kind": kind, unit: rate, "formulation": limits.FORMULATION[kind]}
         # Paired by round, so that drift of the machine cancels.
-        share = timing.median_ratio(samples["limit"], samples[ours.name]) * case.bytes / limit_bytes
+        work = case.flops if by_compute else case.bytes
+        share = timing.median_ratio(samples["limit"], samples[ours.name]) * work / limit_work
         row["pct_of_limit"] = 100 * share
     return row
 
@@ -237,7 +244,7 @@ def measure_machine(machine) -> dict:
         call, moved = limits.stream_call(kind, tensors)
         found[f"{kind}_gb_per_s"] = moved / _median_us(machine, call) / 1e3
     for dtype in (torch.bfloat16, torch.float32):
-        call, flops = limits.matmul_call(machine.kind, dtype, 8192 if machine.kind == "cuda" else 1024)
+        call, flops = limits.matmul_call(machine.kind, dtype)
         found[f"matmul_{DTYPE_NAME[dtype]}_tflop_per_s"] = flops / _median_us(machine, call) / 1e6
     return found
 
@@ -281,7 +288,10 @@ def validate(doc: dict) -> None:
     require(doc["env"]["device"] == "cpu" or "gpu" in doc["env"], "env", "a cuda result must name its gpu")
     for index, row in enumerate(doc["rows"]):
         where = f"rows[{index}]"
-        require(set(row) == set(ROW_FIELDS), where, f"fields differ: {sorted(set(row) ^ set(ROW_FIELDS))}")
+        counts = row.get("counts", {})  # only where a family states some
+        require(set(row) - {"counts"} == set(ROW_FIELDS), where, f"fields differ: {sorted(set(row) ^ set(ROW_FIELDS))}")
+        good = isinstance(counts, dict) and all(isinstance(n, int) and n > 0 for n in counts.values())
+        require(good, f"{where}.counts", f"is {counts!r}, expected names and positive whole numbers")
         for name, types in ROW_FIELDS.items():
             value = row[name]
             fits = isinstance(value, types) and (bool in types or not isinstance(value, bool))

@@ -11,11 +11,13 @@ from functools import partial
 
 import torch
 
-FORMULATION = {
+STREAMS = {
     "rmw": "x.view(int32).bitwise_xor_(0) on each tensor, in place",
     "copy": "out.copy_(x) into preallocated outputs",
     "read": "x.view(int32).amax()",
 }
+FORMULATION = STREAMS | {"matmul": "torch.mm(a, b, out=c) of fp32 matrices, the rate of multiply-adds"}
+MATMUL_SIZE = {"cpu": 1024, "cuda": 8192}
 
 
 def _as_integers(tensor: torch.Tensor) -> torch.Tensor:
@@ -39,7 +41,7 @@ def stream_call(kind: str, tensors: list[torch.Tensor]) -> tuple[Callable[[], ob
     elif kind == "read":
         steps = [partial(torch.amax, tensor) for tensor in flat]
     else:
-        raise ValueError(f"unknown limit {kind!r}; known: {', '.join(FORMULATION)}")
+        raise ValueError(f"unknown limit {kind!r} of bytes; known: {', '.join(STREAMS)}")
     if len(steps) == 1:
         return steps[0], size
 
@@ -50,8 +52,10 @@ def stream_call(kind: str, tensors: list[torch.Tensor]) -> tuple[Callable[[], ob
     return call, size
 
 
-def matmul_call(device: str, dtype: torch.dtype, size: int) -> tuple[Callable[[], object], int]:
-    """A square matmul into a preallocated output, and its floating-point operations."""
+def matmul_call(device: str, dtype: torch.dtype, size: int | None = None) -> tuple[Callable[[], object], int]:
+    """A square matmul into a preallocated output, and its floating-point operations. By default one large enough to
+    show the rate of the device; fp32 is fp32 inside too, unless torch was told otherwise."""
+    size = size or MATMUL_SIZE[device]
     a = torch.randn(size, size, device=device).to(dtype)
     b = torch.randn(size, size, device=device).to(dtype)
     return partial(torch.mm, a, b, out=torch.empty_like(a)), 2 * size**3

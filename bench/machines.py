@@ -38,7 +38,7 @@ class Buffer:
 
 @dataclass(frozen=True)
 class Limit:
-    kind: str  # "rmw", "copy", "read", or "none" where nothing comparable can be measured
+    kind: str  # "rmw", "copy", "read" of memory, "matmul" of arithmetic, or "none" where nothing comparable is measured
     buffers: tuple[str, ...]  # what our op touches; copy: sources, then destinations
     parts: Callable[[Tensors], list[torch.Tensor]] | None = None  # contiguous pieces of them, if not the whole buffers
     part_bytes: int | None = None  # of those pieces
@@ -53,9 +53,16 @@ class Limit:
 class Machine:
     """What a process that measures alone does; ranks that measure together override it (bench/ranks.py)."""
 
+    kind: str
+
     def agree(self, error: float, problem: str | None) -> tuple[float, str | None]:
         """The error and the exception of a contestant, as all who measure see them."""
         return error, problem
+
+    def matmul(self) -> tuple[str, list[timing.Call], int]:
+        """The limit of arithmetic and its flops: an fp32 matmul, which is multiply-adds and little else."""
+        call, flops = limits.matmul_call(self.kind, torch.float32)
+        return "matmul", [call], flops
 
 
 class CpuMachine(Machine):
@@ -84,7 +91,9 @@ class CpuMachine(Machine):
         return timing.HostSampler(calls, rotation, self.clock, undo)
 
     def limit_calls(self, limit: Limit, sets: list[Tensors]) -> tuple[str, list[timing.Call], int]:
-        """The limit runs as one more contestant, on the very buffers of the case."""
+        """The limit runs as one more contestant, on the very buffers of the case if it is one of memory."""
+        if limit.kind == "matmul":
+            return self.matmul()
         pairs = [limits.stream_call(limit.kind, limit.tensors(one)) for one in sets]
         return limit.kind, [call for call, _ in pairs], pairs[0][1]
 
@@ -112,6 +121,8 @@ class CudaMachine(Machine):
 
     def limit_calls(self, limit: Limit, sets: list[Tensors]) -> tuple[str, list[timing.Call], int]:
         """Copy bandwidth on buffers of its own, far larger than L2: a small copy on a GPU measures its launch."""
+        if limit.kind == "matmul":
+            return self.matmul()
         if self._copy is None:
             size = max(8 * self.cache_bytes, 256 << 20) // 512 * 512
             source, target = self.empty([Buffer((size,), torch.uint8)] * 2)

@@ -98,6 +98,10 @@ def remarks(doc: dict) -> list[str]:
             lines.append(f"{row['op']}: {row['us'] / noop:.2f}x a no-op of the same schema ({noop:.2f} us).")
         if row["ok"] and wrapper:
             lines.append(f"{row['op']}: the Python function adds {wrapper - row['us']:.2f} us.")
+        if row["ok"] and row.get("counts"):
+            rates = [f"{1e3 * row['us'] / n:.3g} ns a {name}" for name, n in row["counts"].items()]
+            rates += [f"{1e6 * n / row['us']:.3g} {name}s/s" for name, n in row["counts"].items()]
+            lines.append(f"{row['op']} {row['case']}: {', '.join(rates)}.")
     skipped = {f"{name} was skipped: {why}." for row in doc["rows"] for name, why in row["skipped"].items()}
     flags: dict[str, list[str]] = {}
     for row in doc["rows"]:

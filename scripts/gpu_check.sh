@@ -74,6 +74,9 @@ for family in $(grep -l '^def cases(' bench/*.py); do
   step "bench $name" "$python" bench/run.py --device cuda --family "$name" --json "$results/$device/$name.json"
 done
 
+# Exact laws against simulation on the GPU, a million realisations each.
+step "densification verify" "$python" -m tokenweave_models.cli densification verify --device cuda
+
 # A block of a diffusion language model: eight layers of LLaDA-8B, model and selector apart, beside the published selector.
 for extra in "" --cuda-graph; do
   step "localleap bench ${extra#--}" "$python" -m tokenweave_models.cli localleap bench --device cuda --preset llada-8b --layers 8 \

@@ -19,7 +19,7 @@ def test_the_quickstart_works_line_by_line(capsys):
     assert printed.err == ""
     differences = [float(text) for text in re.findall(r"tensor\((\S+)\)", printed.out)]
     assert len(differences) == 2
-    assert len(blocks) == 3
+    assert len(blocks) == 4
     assert "tensor([1, 1]) tensor([31, 31])" in printed.out  # a decoding step of logits that determine nothing
     assert max(differences) < 1e-5  # fp32, two computations of one norm
 

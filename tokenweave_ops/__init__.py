@@ -16,7 +16,7 @@ from tokenweave_ops import _library, template_op  # noqa: F401  (template_op def
 from tokenweave_ops._decode_requests import POLICIES, DecodeRequests
 from tokenweave_ops._emulated_link import EmulatedLink
 from tokenweave_ops._errors import CommunicationError, CommunicationTimeout, PeerLost, RankDisagreement
-from tokenweave_ops._sinr_tables import GeometryTable, LogTable, PowerTable, SinrGrid, TwoSidedTable
+from tokenweave_ops._sinr_tables import GeometryTable, LogTable, PowerTable, SinrGrid, TwoSidedTable, mark_table
 from tokenweave_ops._workspace import Workspace
 from tokenweave_ops.allreduce_rmsnorm import (
     add_rms_norm_,

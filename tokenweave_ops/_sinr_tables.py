@@ -18,7 +18,7 @@ MAX_INTERVALS = 4096
 MAX_DENSITIES = 1024
 MAX_THRESHOLDS = 1024
 SMALLEST_LOG2 = -1e4  # of a tabulated value: stands for zero
-SMALLEST_ARRIVAL = 2.0**-33  # no arrival of the Poisson process is earlier
+SMALLEST_ARRIVAL = 2.0**-33  # no arrival of the Poisson process is earlier, and no probability smaller
 _ONE = 0x3F800000  # the bits of 1.0f
 _PLACES = np.arange(4) / 3.0
 _CUBIC = np.linalg.inv(np.vander(_PLACES, 4, increasing=True))  # values at 0, 1/3, 2/3, 1 -> coefficients
@@ -221,6 +221,18 @@ def measure_range(densities: tuple[float, float], most_terms: int = 64) -> tuple
     return max(SMALLEST_ARRIVAL / most, 2e-38), min(4.0 * most_terms / least, 1e38)
 
 
+def mark_table(
+    log2_mark: Callable[[np.ndarray], np.ndarray], log2_steps: int = 4, device: torch.device | str = "cpu"
+) -> LogTable:
+    """Marks by how likely one further out is. ``log2_mark``: log2 of the mark m as a function of e, P(mark > m) =
+    exp(-e). Planes, of y from 2^-33 to 1/2: the mark with P(mark < m) = y, and that with P(mark > m) = y."""
+
+    def planes(y):
+        return np.stack([log2_mark(-np.log1p(-y)), log2_mark(-np.log(y))])
+
+    return LogTable.fit(planes, SMALLEST_ARRIVAL, 0.5, log2_steps, device)
+
+
 @dataclass(frozen=True, eq=False)
 class GeometryTable:
     """All that :func:`sample_geometry` and :func:`rayleigh_conditional` know of a network.
@@ -231,7 +243,7 @@ class GeometryTable:
         gain: log2 of the path gain. Either fp32 ``[slopes, 2]``, rows (a, b) of a path loss
             ``log2 l = max over rows of a + b * log2(max(s, min_distance^2) + height^2)``, or a :class:`LogTable` of
             ``max(s, min_distance^2) + height^2``.
-        fading: log2 of the mark m as a function of e, where P(mark > m) = exp(-e).
+        fading: log2 of the mark m, from :func:`mark_table`; at most 2,048 intervals.
         far: of s; planes: log2 of the ``integral of gain over the plane beyond s`` and half the log2 of that of gain^2.
         mark_mean, mark_second_moment: E[m], E[m^2]; inf where they do not exist.
         height, min_distance: in u.
@@ -270,7 +282,7 @@ class GeometryTable:
 
         return cls(
             gain=_to_tensor(np.array([[0.0, half]]), device),
-            fading=LogTable.fit(fading, SMALLEST_ARRIVAL, 32.0, device=device),
+            fading=mark_table(fading, device=device),
             far=LogTable.fit(far, 1e-9, 1e12, device=device),
             mark_mean=mark_mean,
             mark_second_moment=mark_second_moment,

@@ -18,7 +18,8 @@ Numeric contract, met by every backend:
 - Philox4x32-10, key seed, counter (step, realisation, stream): word w of step s gives arrival, or mark, 4 s + w.
   Streams: 0 arrivals, 1 marks, 3 (step 0) the normal residual and the place of the rate's nodes, 4 activity.
 - An arrival adds ``-log(1 - v)``, v = (word + 1/2) / 2^32: from 1.2e-10 to 22.9, correct to a few units in the last
-  place at both ends. Arrivals are added up in fp32, one by one.
+  place at both ends. Arrivals are added up in fp32, one by one. The mark of a word is that exceeded with probability
+  1 - v, looked up by the smaller of v and 1 - v.
 - Powers are kept as log2 and interference relative to its largest term, in fp32, so that no law of fading overflows.
   The interference is summed apart from the signal, never as a difference. A SINR without interference and noise is
   +inf; without any transmitter it is 0.
@@ -46,9 +47,7 @@ from tokenweave_ops._sinr_tables import GeometryTable, LogTable, PowerTable, Sin
 
 BATCH = 16384  # realisations whose sums are given apart
 HISTOGRAM_BINS = 512
-HISTOGRAM_LOW = (
-    -64
-)  # log2 SINR at the lower edge of the first bin, which also takes all below; the last takes all above
+HISTOGRAM_LOW = -64  # log2 SINR at the lower edge of the first bin, which also takes all below; the last takes all above
 HISTOGRAM_PER_OCTAVE = 4
 META_BINS = 256  # of [0, 1], for conditional coverage
 MOMENTS = ("rate", "inverse_sinr", "residual_share")

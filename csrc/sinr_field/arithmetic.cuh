@@ -58,14 +58,19 @@ TW_DEVICE Split<V> split(const V& u) {
   return {M::convert(exponent), M::from_bits(bits - (M::as_bits(exponent) << 23)) - 1.0f};
 }
 
-// An exponential deviate -ln(1 - v) from a random word, v = (word + 1/2) 2^-32: to a few units in the last place from
-// 2^-33 to 33 ln 2. Near v = 0 the logarithm is taken of v itself, since 1 - v keeps nothing of it.
+// (word + 1/2) 2^-32
+template <class V>
+TW_DEVICE V fraction(const typename Math<V>::Bits& word) {
+  using M = Math<V>;
+  return M::multiply_add(M::convert(word), constant<V>(0x1p-32f), constant<V>(0x1p-33f));
+}
+
+// An exponential deviate -ln(1 - v) from a random word, v its fraction: to a few units in the last place from 2^-33 to
+// 33 ln 2. Near v = 0 the logarithm is taken of v itself, since 1 - v keeps nothing of it.
 template <class V>
 TW_DEVICE V exponential(const typename Math<V>::Bits& word) {
   using M = Math<V>;
-  const V scale = constant<V>(0x1p-32f), half = constant<V>(0x1p-33f);
-  const V v = M::multiply_add(M::convert(word), scale, half);
-  const V u = M::multiply_add(M::convert(~word), scale, half);
+  const V v = fraction<V>(word), u = fraction<V>(M::complement(word));
   Split<V> s = split(u);
   s.f = s.exponent == 0.0f ? -v : s.f;
   const V rest = M::multiply_add(s.exponent, constant<V>(-2.12194440e-4f), log1p_rest(s.f)) + s.f;
@@ -88,6 +93,12 @@ TW_DEVICE V log1p_of(const V& e) {
   return f + log1p_rest(f) + (large ? constant<V>(kLn2) : constant<V>(0.0f));
 }
 
+// -|v|
+template <class V>
+TW_DEVICE V minus_magnitude(const V& v) {
+  return Math<V>::from_bits(Math<V>::bits(v) | 0x80000000u);
+}
+
 // x = whole + f, |f| <= 1/2, and 2^f; for |x| below 2^22.
 template <class V>
 struct Power {
@@ -108,19 +119,25 @@ TW_DEVICE Power<V> power_of_two(const V& x) {
   return {M::multiply_add(p, f, constant<V>(1.0f)), M::bits(shifted) - bits_of(kShift)};
 }
 
+// 2^x for x up to 126; below -126, 2^-126.
+template <class V>
+TW_DEVICE V exp2_up_to_126(const V& x) {
+  using M = Math<V>;
+  const Power<V> p = power_of_two(M::not_below(x, -126.0f));
+  return M::from_bits(M::bits(p.mantissa) + (p.whole << 23));
+}
+
 // 2^x; x is first brought into [-126, 126].
 template <class V>
 TW_DEVICE V exp2_of(const V& x) {
-  using M = Math<V>;
-  const Power<V> p = power_of_two(at_most(at_least(x, constant<V>(-126.0f)), constant<V>(126.0f)));
-  return M::from_bits(M::bits(p.mantissa) + (p.whole << 23));
+  return exp2_up_to_126(Math<V>::not_above(x, 126.0f));
 }
 
 // 2^x in float64: 0 below 2^-1022, and 2^1023 at most.
 template <class V>
 TW_DEVICE typename Math<V>::Wide exp2_wide(const V& x) {
   using M = Math<V>;
-  const Power<V> p = power_of_two(at_most(at_least(x, constant<V>(-1022.0f)), constant<V>(1023.0f)));
+  const Power<V> p = power_of_two(M::not_above(M::not_below(x, -1022.0f), 1023.0f));
   const V mantissa = x < -1022.0f ? constant<V>(0.0f) : p.mantissa;
   return M::scale(mantissa, M::as_ints(p.whole));
 }
@@ -129,7 +146,7 @@ TW_DEVICE typename Math<V>::Wide exp2_wide(const V& x) {
 template <class V>
 TW_DEVICE V log2_add(const V& a, const V& b) {
   const V large = at_least(a, b), difference = at_most(a, b) - large;
-  const V rest = log1p_of(exp2_of(difference));
+  const V rest = log1p_of(exp2_up_to_126(difference));
   return Math<V>::multiply_add(rest, constant<V>(kLog2E), large);
 }
 
@@ -137,7 +154,7 @@ TW_DEVICE V log2_add(const V& a, const V& b) {
 template <class V>
 TW_DEVICE V log_one_plus_exp2(const V& x) {
   const V zero = constant<V>(0.0f);
-  return Math<V>::multiply_add(at_least(x, zero), constant<V>(kLn2), log1p_of(exp2_of(-magnitude(x))));
+  return Math<V>::multiply_add(at_least(x, zero), constant<V>(kLn2), log1p_of(exp2_up_to_126(minus_magnitude(x))));
 }
 
 // A standard normal deviate (Box and Muller): sin(pi t / 2) for t uniform in (-1, 1) is the cosine of a uniform angle.
@@ -177,8 +194,7 @@ template <class V>
 TW_DEVICE Words<V> random_words(const Seed& seed, const Realisations<V>& r, Stream stream, uint32_t step) {
   using Bits = typename Math<V>::Bits;
   Words<V> words{{Bits{} + step, r.low, r.high, Bits{} + static_cast<uint32_t>(stream)}};
-  philox_rounds(words.word, seed.low, seed.high,
-                [](uint32_t a, const Bits& b, Bits& high, Bits& low) { Math<V>::multiply_words(a, b, high, low); });
+  Math<V>::philox(words.word, seed.low, seed.high);
   return words;
 }
 
@@ -213,6 +229,18 @@ TW_DEVICE Place<V> find(const LogTableKeys& keys, const V& argument) {
   const auto as_bits = M::as_bits(clamped);
   return {(as_bits >> keys.shift) - static_cast<uint32_t>(keys.low >> keys.shift),
           place_within<V>(as_bits, keys.shift)};
+}
+
+// The place of a quantile in a table of two planes, by the fraction of words that lie further out: plane 0 from the
+// smallest word up, plane 1 from the largest one down. So both tails are resolved to 2^-33 without a logarithm.
+template <class V>
+TW_DEVICE Place<V> find_quantile(const LogTableKeys& keys, const typename Math<V>::Bits& word) {
+  using M = Math<V>;
+  using Bits = typename M::Bits;
+  const Bits is_high = M::as_bits(M::as_ints(word) >> 31);  // all bits or none
+  Place<V> place = find(keys, fraction<V>(word ^ is_high));
+  place.interval = place.interval + (is_high & static_cast<uint32_t>(keys.count));
+  return place;
 }
 
 // A function of any number, as _sinr_tables.TwoSidedTable.

@@ -15,6 +15,9 @@ TW_DEVICE V log2_gain(const GeometryParams& p, const Tables& tables, const V& s)
   const V distance2 = at_least(s, constant<V>(p.min_distance2)) + p.height2;
   if (p.num_slopes == 0) return tables.gain(distance2);
   const V log2_distance2 = log2_of(distance2);
+  if (p.num_slopes == 1) {
+    return -Math<V>::multiply_add(constant<V>(p.gain[1]), log2_distance2, constant<V>(p.gain[0]));
+  }
   V loss = constant<V>(kNothing);
   for (int32_t slope = 0; slope < p.num_slopes; ++slope) {
     const V line =
@@ -33,9 +36,14 @@ struct PowerSum {
     reference = constant<V>(kNothing);
     sum = constant<V>(0.0f);
   }
+  TW_MEMBER void add(const V& power) {
+    const V difference = power - reference, scale = exp2_up_to_126(minus_magnitude(difference));
+    sum = difference > 0.0f ? Math<V>::multiply_add(sum, scale, constant<V>(1.0f)) : sum + scale;
+    reference = at_least(power, reference);
+  }
   template <class Mask>
   TW_MEMBER void add(const V& power, const Mask& counts) {
-    const V difference = power - reference, scale = exp2_of(-magnitude(difference));
+    const V difference = power - reference, scale = exp2_up_to_126(minus_magnitude(difference));
     const V one = constant<V>(1.0f), added = sum + scale;
     const V larger = difference > 0.0f ? Math<V>::multiply_add(sum, scale, one) : added;
     sum = counts ? larger : sum;
@@ -54,6 +62,13 @@ struct StrongestOf {
     is_active = constant<V>(0.0f);
     others.clear();
   }
+  // Before there are two, 2^kNothing is added, which is nothing beside any other.
+  TW_MEMBER void add(const V& power) {
+    const auto is_larger = power > largest;
+    const V smaller = is_larger ? largest : power;
+    largest = is_larger ? power : largest;
+    others.add(smaller);
+  }
   template <class Mask>
   TW_MEMBER void add(const V& power, const V& power_is_active, const Mask& exists) {
     const auto is_larger = power > largest;
@@ -66,7 +81,7 @@ struct StrongestOf {
   }
 };
 
-// `tables`: gain(s), mark(e), far_mean(s), far_deviation(s), each of lanes and as log2.
+// `tables`: gain(s), mark(word), far_mean(s), far_deviation(s), each of lanes and as log2.
 template <class V, int kDensities, class Tables>
 struct Geometry {
   using M = Math<V>;
@@ -79,9 +94,19 @@ struct Geometry {
   TW_MEMBER Geometry(const SampleGeometryParams& params, const Tables& of_network, const float* of_densities)
       : p(params), tables(of_network), scales(of_densities) {}
 
-  TW_MEMBER V distance2(const V& arrival, int d) const { return arrival * scales[2 * d] * kInversePi; }
+  TW_MEMBER V distance2(const V& arrival, int d) const { return arrival * (scales[2 * d] * kInversePi); }
 
   TW_MEMBER void walk(const Realisations<V>& r) {
+    if (p.all_active && p.end2 == __builtin_inff()) {
+      walk_stations<true>(r);
+    } else {
+      walk_stations<false>(r);
+    }
+  }
+
+  // kAll: every station is active, and there is no rim.
+  template <bool kAll>
+  TW_MEMBER void walk_stations(const Realisations<V>& r) {
     const Seed seed{p.seed_low, p.seed_high};
     V arrival = constant<V>(0.0f);
     StrongestOf<V> found[kDensities];
@@ -92,33 +117,53 @@ struct Geometry {
       const Words<V> words = random_words(seed, r, kArrivals, static_cast<uint32_t>(step));
       const Words<V> marks = random_words(seed, r, kMarks, static_cast<uint32_t>(step));
       Words<V> activity{};
-      if (!p.all_active) activity = random_words(seed, r, kActivity, static_cast<uint32_t>(step));
-      bool none_left = true;
-#pragma unroll
+      if (!kAll && !p.all_active) activity = random_words(seed, r, kActivity, static_cast<uint32_t>(step));
+      bool is_past_rim = !kAll;
+      TW_UNROLL_4
       for (int w = 0; w < 4; ++w) {
         arrival = arrival + exponential<V>(words.word[w]);
-        const V mark = tables.mark(exponential<V>(marks.word[w]));
+        const V mark = tables.mark(marks.word[w]);
         const V is_active = activity.word[w] < p.activity_limit ? constant<V>(1.0f) : constant<V>(0.0f);
 #pragma unroll
         for (int d = 0; d < kDensities; ++d) {
           const V s = distance2(arrival, d), power = log2_gain(p, tables, s) + mark;
-          const auto exists = s < p.end2;
-          if (w == 3 && M::any(exists)) none_left = false;
-          if (!p.nearest) {
-            found[d].add(power, is_active, exists);
-          } else if (w == 0 && step == 0) {
-            found[d].largest = exists ? power : constant<V>(kNothing);
+          const bool serves = p.nearest && w == 0 && step == 0;
+          if (kAll) {
+            add_each(found[d], power, serves);
           } else {
-            found[d].others.add(power, (exists ? is_active : constant<V>(0.0f)) > 0.0f);
+            const auto exists = s < p.end2;
+            if (w == 3 && M::any(exists)) is_past_rim = false;
+            add(found[d], power, is_active, exists, serves);
           }
         }
       }
-      if (none_left) break;
+      if (is_past_rim) break;
     }
     const Words<V> words = random_words(seed, r, kResidual, 0);
     const V deviate = normal<V>(words.word[0], words.word[1]);
 #pragma unroll
     for (int d = 0; d < kDensities; ++d) finish(arrival, found[d].largest, found[d].others, deviate, d);
+  }
+
+  TW_MEMBER void add_each(StrongestOf<V>& found, const V& power, bool serves) const {
+    if (!p.nearest) {
+      found.add(power);
+    } else if (serves) {
+      found.largest = power;
+    } else {
+      found.others.add(power);
+    }
+  }
+
+  template <class Mask>
+  TW_MEMBER void add(StrongestOf<V>& found, const V& power, const V& is_active, const Mask& exists, bool serves) const {
+    if (!p.nearest) {
+      found.add(power, is_active, exists);
+    } else if (serves) {
+      found.largest = exists ? power : constant<V>(kNothing);
+    } else {
+      found.others.add(power, (exists ? is_active : constant<V>(0.0f)) > 0.0f);
+    }
   }
 
   TW_MEMBER void finish(const V& arrival, const V& signal, const PowerSum<V>& others, const V& deviate, int d) {

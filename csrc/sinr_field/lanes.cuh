@@ -6,6 +6,13 @@
 #include "core/numeric.cuh"
 #include "core/philox.cuh"
 
+// Of the four words of a random number each: gcc leaves such a loop rolled, and then waits for one word at a time.
+#if defined(__CUDACC__)
+#define TW_UNROLL_4 _Pragma("unroll")
+#else
+#define TW_UNROLL_4 _Pragma("GCC unroll 4")
+#endif
+
 namespace tokenweave::inline TOKENWEAVE_BACKEND {
 
 template <class V>
@@ -21,14 +28,18 @@ struct Math<float> {
   TW_MEMBER static float multiply_add(float a, float b, float c) { return arch::fused_multiply_add(a, b, c); }
   TW_MEMBER static uint32_t bits(float v) { return bits_of(v); }
   TW_MEMBER static float from_bits(uint32_t b) { return float_of(b); }
+  TW_MEMBER static uint32_t complement(uint32_t b) { return ~b; }
   TW_MEMBER static int32_t as_ints(uint32_t b) { return static_cast<int32_t>(b); }
   TW_MEMBER static uint32_t as_bits(int32_t i) { return static_cast<uint32_t>(i); }
   TW_MEMBER static float convert(uint32_t b) { return static_cast<float>(b); }
   TW_MEMBER static int32_t truncate(float v) { return static_cast<int32_t>(v); }
   TW_MEMBER static float convert(int32_t i) { return static_cast<float>(i); }
-  TW_MEMBER static void multiply_words(uint32_t a, uint32_t b, uint32_t& high, uint32_t& low) {
-    MultiplyWords()(a, b, high, low);
+  TW_MEMBER static void philox(uint32_t (&words)[4], uint32_t key0, uint32_t key1) {
+    philox_rounds(words, key0, key1, MultiplyWords());
   }
+  // The bound may not be 0; NaN becomes the bound.
+  TW_MEMBER static float not_below(float v, float bound) { return arch::maximum(v, bound); }
+  TW_MEMBER static float not_above(float v, float bound) { return arch::minimum(v, bound); }
   TW_MEMBER static float divide(float a, float b) { return arch::divide(a, b); }
   TW_MEMBER static float square_root(float v) { return arch::square_root(v); }
   TW_MEMBER static bool any(bool condition) { return condition; }

@@ -7,10 +7,31 @@
 namespace tokenweave::inline TOKENWEAVE_BACKEND::inline TOKENWEAVE_ISA {
 
 typedef int32_t PartInts __attribute__((vector_size(kRegisterBytes)));
+typedef uint64_t WideBits __attribute__((vector_size(kRegisterBytes)));
 typedef int64_t WideInts __attribute__((vector_size(kRegisterBytes)));
 typedef double WideHalf __attribute__((vector_size(kRegisterBytes)));
 typedef float FloatHalf __attribute__((vector_size(kRegisterBytes / 2)));
 typedef int32_t IntHalf __attribute__((vector_size(kRegisterBytes / 2)));
+
+// A Part's words as the low halves of 64-bit lanes, where products of words have room; high halves hold anything.
+struct SpreadBits {
+  WideBits even, odd;
+};
+
+TW_CPU SpreadBits operator^(const SpreadBits& a, const SpreadBits& b) { return {a.even ^ b.even, a.odd ^ b.odd}; }
+TW_CPU SpreadBits operator^(const SpreadBits& a, uint32_t b) { return {a.even ^ b, a.odd ^ b}; }
+
+TW_CPU WideBits multiply_words(uint32_t a, const WideBits& b) {
+#if defined(__AVX512F__)
+  return (WideBits)_mm512_mul_epu32((__m512i)b, _mm512_set1_epi64(a));
+#elif defined(__AVX2__)
+  return (WideBits)_mm256_mul_epu32((__m256i)b, _mm256_set1_epi64x(a));
+#elif defined(__x86_64__)
+  return (WideBits)_mm_mul_epu32((__m128i)b, _mm_set1_epi64x(a));
+#else
+  return (b & 0xffffffffu) * uint64_t{a};
+#endif
+}
 
 // A Part's lanes as float64, in two registers.
 struct WidePart {
@@ -69,6 +90,14 @@ struct Math<Part> {
   }
   TW_MEMBER static PartBits bits(const Part& v) { return (PartBits)v; }
   TW_MEMBER static Part from_bits(const PartBits& b) { return (Part)b; }
+  // With AVX-512, gcc's own ~ reads the register that it writes, so that each would wait for whatever was there.
+  TW_MEMBER static PartBits complement(const PartBits& b) {
+#if defined(__AVX512F__)
+    return (PartBits)_mm512_ternarylogic_epi32((__m512i)b, (__m512i)b, (__m512i)b, 0x55);
+#else
+    return ~b;
+#endif
+  }
   TW_MEMBER static PartInts as_ints(const PartBits& b) { return (PartInts)b; }
   TW_MEMBER static PartBits as_bits(const PartInts& i) { return (PartBits)i; }
   TW_MEMBER static Part convert(const PartInts& i) { return __builtin_convertvector(i, Part); }
@@ -79,6 +108,20 @@ struct Math<Part> {
     return _mm512_cvtepu32_ps((__m512i)b);
 #else
     return convert((PartInts)(b >> 16)) * 65536.0f + convert((PartInts)(b & 0xffffu));
+#endif
+  }
+  TW_MEMBER static Part not_below(const Part& v, float bound) {
+#if defined(__AVX512F__)
+    return _mm512_max_ps(v, _mm512_set1_ps(bound));
+#else
+    return v > bound ? v : Part{} + bound;
+#endif
+  }
+  TW_MEMBER static Part not_above(const Part& v, float bound) {
+#if defined(__AVX512F__)
+    return _mm512_min_ps(v, _mm512_set1_ps(bound));
+#else
+    return v < bound ? v : Part{} + bound;
 #endif
   }
   TW_MEMBER static Part divide(const Part& a, const Part& b) { return a / b; }
@@ -105,25 +148,15 @@ struct Math<Part> {
 #endif
   }
 
-  // Products of 32-bit lanes: even lanes at once, then odd ones, since the instruction fills a lane pair.
-  TW_MEMBER static void multiply_words(uint32_t multiplier, const PartBits& b, PartBits& high, PartBits& low) {
-#if defined(__AVX512F__)
-    const __m512i m = _mm512_set1_epi64(multiplier), even = _mm512_mul_epu32((__m512i)b, m),
-                  odd = _mm512_mul_epu32(_mm512_srli_epi64((__m512i)b, 32), m);
-    high = (PartBits)_mm512_mask_blend_epi32(0xaaaa, _mm512_srli_epi64(even, 32), odd);
-    low = (PartBits)_mm512_mask_blend_epi32(0xaaaa, even, _mm512_slli_epi64(odd, 32));
-#elif defined(__AVX2__)
-    const __m256i m = _mm256_set1_epi64x(multiplier), even = _mm256_mul_epu32((__m256i)b, m),
-                  odd = _mm256_mul_epu32(_mm256_srli_epi64((__m256i)b, 32), m);
-    high = (PartBits)_mm256_blend_epi32(_mm256_srli_epi64(even, 32), odd, 0xaa);
-    low = (PartBits)_mm256_blend_epi32(even, _mm256_slli_epi64(odd, 32), 0xaa);
-#else
-    for (int lane = 0; lane < kPartLanes; ++lane) {
-      const uint64_t product = static_cast<uint64_t>(multiplier) * b[lane];
-      high[lane] = static_cast<uint32_t>(product >> 32);
-      low[lane] = static_cast<uint32_t>(product);
-    }
-#endif
+  TW_MEMBER static void philox(PartBits (&words)[4], uint32_t key0, uint32_t key1) {
+    using TOKENWEAVE_ISA::SpreadBits;
+    SpreadBits spread[4];
+    for (int i = 0; i < 4; ++i) spread[i] = {(WideBits)words[i], (WideBits)words[i] >> 32};
+    philox_rounds(spread, key0, key1, [](uint32_t a, const SpreadBits& b, SpreadBits& high, SpreadBits& low) {
+      low = {multiply_words(a, b.even), multiply_words(a, b.odd)};
+      high = {low.even >> 32, low.odd >> 32};
+    });
+    for (int i = 0; i < 4; ++i) words[i] = (PartBits)((spread[i].even & 0xffffffffu) | (spread[i].odd << 32));
   }
 
   TW_MEMBER static WidePart widen(const Part& v) {

@@ -37,7 +37,7 @@ struct PowerDomain {
       const Words<V> words = random_words(seed, r, kArrivals, static_cast<uint32_t>(step));
       Words<V> activity{};
       if (!p.all_active) activity = random_words(seed, r, kActivity, static_cast<uint32_t>(step));
-#pragma unroll
+      TW_UNROLL_4
       for (int w = 0; w < 4; ++w) {
         arrival = arrival + exponential<V>(words.word[w]);
         const V is_active = activity.word[w] < p.activity_limit ? constant<V>(1.0f) : zero;
@@ -58,7 +58,7 @@ struct PowerDomain {
     }
     const Words<V> words = random_words(seed, r, kResidual, 0);
     const V deviate = normal<V>(words.word[0], words.word[1]);
-    node_offset = M::multiply_add(M::convert(words.word[2]), constant<V>(0x1p-32f), constant<V>(0x1p-33f));
+    node_offset = fraction<V>(words.word[2]);
 #pragma unroll
     for (int d = 0; d < kDensities; ++d) add_residual(arrival, reference[d], sum[d], deviate, d);
   }

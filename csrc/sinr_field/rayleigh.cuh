@@ -54,10 +54,10 @@ struct Rayleigh {
     V arrival = constant<V>(0.0f), s = constant<V>(0.0f);
     for (int32_t step = 0; step < p.num_points / 4; ++step) {
       const Words<V> words = random_words(seed, r, kArrivals, static_cast<uint32_t>(step));
-#pragma unroll
+      TW_UNROLL_4
       for (int w = 0; w < 4; ++w) {
         arrival = arrival + exponential<V>(words.word[w]);
-        s = arrival * scale * kInversePi;
+        s = arrival * (scale * kInversePi);
         const V gain = log2_gain(p, tables, s);
         use(4 * step + w, s < p.end2 ? gain : constant<V>(kNothing));
       }

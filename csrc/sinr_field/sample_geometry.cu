@@ -8,7 +8,7 @@ SamplerPlan plan_sample_geometry(int64_t num_densities, int64_t num_realisations
 }
 
 Status sample_geometry(const SampleGeometryParams& params, const ExecutionContext& context) {
-  const int64_t intervals = int64_t{params.fading_keys.count} + params.gain_keys.count;
+  const int64_t intervals = 2 * int64_t{params.fading_keys.count} + params.gain_keys.count;
   const SamplerPlan plan = plan_sample_geometry(params.num_densities, params.num_realisations, intervals, max_grid());
   const Status status = with_plan(plan, [&]<int kDensities, int kIntervals>() {
     const LaunchConfig config{.kernel = "sample_geometry",

@@ -13,11 +13,13 @@ struct GeometryTables {
   const SampleGeometryParams& p;
   const Shared& shared;
 
-  TW_MEMBER float mark(float e) const {
-    return interpolate(find(p.fading_keys, e), ReadShared<decltype(shared.tables)>{shared.tables, 0});
+  TW_MEMBER float mark(uint32_t word) const {
+    return interpolate(find_quantile<float>(p.fading_keys, word),
+                       ReadShared<decltype(shared.tables)>{shared.tables, 0});
   }
   TW_MEMBER float gain(float s) const {
-    return interpolate(find(p.gain_keys, s), ReadShared<decltype(shared.tables)>{shared.tables, p.fading_keys.count});
+    return interpolate(find(p.gain_keys, s),
+                       ReadShared<decltype(shared.tables)>{shared.tables, 2 * p.fading_keys.count});
   }
   TW_MEMBER float far_mean(float s) const { return interpolate(find(p.far_keys, s), ReadGlobal{p.far}); }
   TW_MEMBER float far_deviation(float s) const {
@@ -33,8 +35,8 @@ TW_KERNEL void __launch_bounds__(kSamplerThreads, kGeometryBlocksPerSm)
     geometry_kernel(const SampleGeometryParams p, const SamplerPlan plan) {
   using Shared = SamplerShared<kDensities, kIntervals>;
   Shared& shared = arch::shared<Shared>();
-  load_table(shared, 0, p.fading, p.fading_keys.count);
-  if (p.num_slopes == 0) load_table(shared, p.fading_keys.count, p.gain, p.gain_keys.count);
+  load_table(shared, 0, p.fading, 2 * p.fading_keys.count);
+  if (p.num_slopes == 0) load_table(shared, 2 * p.fading_keys.count, p.gain, p.gain_keys.count);
   const GeometryTables<Shared> tables{p, shared};
   sample_tiles<Geometry<float, kDensities, GeometryTables<Shared>>, kDensities>(p, plan, tables, shared);
 }

@@ -6,7 +6,7 @@
 namespace tokenweave::inline TOKENWEAVE_BACKEND {
 
 struct SampleGeometryParams : GeometryParams {
-  const float* fading = nullptr;  // [1, intervals, 4]: log2 of the mark by e, P(mark > m) = exp(-e)
+  const float* fading = nullptr;  // [2, intervals, 4]: log2 of the mark; planes as find_quantile
   LogTableKeys fading_keys;
   float log2_mark_mean = 0.0f, log2_mark_second_moment = 0.0f;
 };

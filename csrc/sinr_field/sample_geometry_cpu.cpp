@@ -13,7 +13,9 @@ struct GeometryTables {
   const SampleGeometryParams& p;
 
   TW_MEMBER Part gain(const Part& s) const { return interpolate(find(p.gain_keys, s), ReadTable{p.gain}); }
-  TW_MEMBER Part mark(const Part& e) const { return interpolate(find(p.fading_keys, e), ReadTable{p.fading}); }
+  TW_MEMBER Part mark(const PartBits& word) const {
+    return interpolate(find_quantile<Part>(p.fading_keys, word), ReadTable{p.fading});
+  }
   TW_MEMBER Part far_mean(const Part& s) const { return interpolate(find(p.far_keys, s), ReadTable{p.far}); }
   TW_MEMBER Part far_deviation(const Part& s) const {
     return interpolate(find(p.far_keys, s), ReadTable{p.far + int64_t{4} * p.far_keys.count});

@@ -18,8 +18,8 @@ std::tuple<Tensor, Tensor, Tensor> sample_geometry_op(
             num_realisations, p);
   check_geometry(kOp, scales_info, {gain, far, gain_key, gain_steps, far_key, far_steps, height, min_distance, r_inf},
                  p);
-  p.fading = check_fp32(kOp, fading_info, scales_info, "[1, intervals, 4]", {1, -1, 4});
-  p.fading_keys = check_log_table(kOp, "fading", fading_info, fading_key, fading_steps);
+  p.fading = check_fp32(kOp, fading_info, scales_info, "[2, intervals, 4]", {2, -1, 4});
+  p.fading_keys = check_log_table(kOp, "fading", fading_info, fading_key, fading_steps, kMaxIntervals / 2);
   check_noise(kOp, noise, p);
   check_interferers(kOp, activity, residual, p);
   // What the residual needs must exist.

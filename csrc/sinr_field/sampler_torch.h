@@ -54,18 +54,19 @@ inline float check_non_negative(const char* op, const char* name, double value, 
 inline float log2_or_nothing(double value) { return value > 0.0 ? static_cast<float>(std::log2(value)) : kNothing; }
 
 // A kernel loads the four coefficients of an interval at once.
-inline void check_intervals(const char* op, const TensorInfo& t) {
-  if (t.size(-2) > kMaxIntervals) {
-    fail(op, t, "have at most " + std::to_string(kMaxIntervals) + " intervals", std::to_string(t.size(-2)));
+inline void check_intervals(const char* op, const TensorInfo& t, int64_t most) {
+  if (t.size(-2) > most) {
+    fail(op, t, "have at most " + std::to_string(most) + " intervals", std::to_string(t.size(-2)));
   }
   if (reinterpret_cast<uintptr_t>(t.data) % 16 != 0) fail(op, t, "be aligned to 16 bytes", "another address");
 }
 
 // The intervals of a table fp32 [planes, intervals, 4], named by the leading bits of their first argument.
-inline LogTableKeys check_log_table(const char* op, const char* name, const TensorInfo& t, int64_t key, int64_t steps) {
+inline LogTableKeys check_log_table(const char* op, const char* name, const TensorInfo& t, int64_t key, int64_t steps,
+                                    int64_t most_intervals = kMaxIntervals) {
   LogTableKeys keys;
   const int64_t count = t.size(-2);
-  check_intervals(op, t);
+  check_intervals(op, t, most_intervals);
   check_int(op, (std::string(name) + "_steps").c_str(), steps, 0, 10);
   keys.shift = static_cast<int32_t>(23 - steps);
   keys.count = static_cast<int32_t>(count);
@@ -80,7 +81,7 @@ inline TwoSidedKeys check_two_sided(const char* op, const char* name, const Tens
                                     int64_t steps) {
   TwoSidedKeys keys;
   const int64_t count = t.size(-2);
-  check_intervals(op, t);
+  check_intervals(op, t, kMaxIntervals);
   check_int(op, (std::string(name) + "_steps").c_str(), steps, 0, 10);
   keys.shift = static_cast<int32_t>(23 - steps);
   keys.count = static_cast<int32_t>(count);

@@ -246,9 +246,9 @@ def steepest(table: PowerTable | GeometryTable) -> float:
 def steepest_mark(table: GeometryTable, log2_power: Tensor) -> Tensor:
     """Octaves of a mark per relative change of its deviate: at most 12 for marks of light or power-law tails; those of
     a slowly varying one are as steep as they are large."""
-    e = torch.logspace(-9, log2(23.0) / log2(10.0), 2001, dtype=torch.float64)
-    values = table.fading.evaluate(e)
-    steep = (values.diff() / e.float().double().log().diff()).abs().max().item()
+    y = torch.logspace(-9, log2(0.5) / log2(10.0), 2001, dtype=torch.float64)
+    values = torch.stack([table.fading.evaluate(y, plane) for plane in (0, 1)])
+    steep = (values.diff() / y.float().double().log().diff()).abs().max().item()
     return torch.full_like(log2_power, steep) if steep < 12.0 else 23.0 * log2_power.nan_to_num(0.0, 0.0, 0.0).abs()
 
 

@@ -187,6 +187,13 @@ def far_field(table: GeometryTable, last: Tensor, log2_density: Tensor) -> tuple
     )
 
 
+def marks(table: GeometryTable, words: Tensor) -> Tensor:
+    """log2 of the marks that random words stand for."""
+    below, above = uniforms(words), uniforms(0xFFFFFFFF - words)
+    low, high = table.fading.evaluate(below), table.fading.evaluate(above, plane=1)
+    return torch.where(above < below, high, low)
+
+
 def sample_geometry(
     table: GeometryTable,
     grid: SinrGrid,
@@ -203,7 +210,7 @@ def sample_geometry(
     """Stations, nearest first: ``r_i^2 = Gamma_i / (pi density)``, each with a mark of its own."""
     place = (seed, first_realisation, num_realisations)
     inverse_density, log2_density = grid.scales.double().cpu()[:, :, None].unbind(dim=1)
-    mark = table.fading.evaluate(exponentials(random_words(MARKS, num_points, *place)))
+    mark = marks(table, random_words(MARKS, num_points, *place))
     squared_distance = arrival_times(num_points, *place) * inverse_density[..., None] / pi
     powers = log2_gain(table, squared_distance) + mark  # [densities, realisations, points]
 

@@ -22,7 +22,7 @@ import torch
 from tokenweave_models.densification.fading import Fading
 from tokenweave_models.densification.log_domain import LogCurve, log_integral
 from tokenweave_models.densification.path_loss import PathLoss
-from tokenweave_ops import GeometryTable, LogTable, PowerTable, TwoSidedTable
+from tokenweave_ops import GeometryTable, LogTable, PowerTable, TwoSidedTable, mark_table
 
 SMALLEST_ARRIVAL = 2.0**-33  # no arrival that a sampler draws is earlier
 MOST_TERMS = 64
@@ -356,9 +356,7 @@ def geometry_table(path_loss: PathLoss, fading: Fading, device: torch.device | s
 
     return GeometryTable(
         gain=gain,
-        fading=LogTable.fit(
-            lambda e: np.minimum(fading.log_quantile(e) / _LN2, 1e37), SMALLEST_ARRIVAL, 32.0, log2_steps=5
-        ),
+        fading=mark_table(lambda e: np.minimum(fading.log_quantile(e) / _LN2, 1e37)),
         far=LogTable.fit(far, *_DISTANCES_SQUARED, log2_steps=4),
         mark_mean=float(fading.moment(1.0)),
         mark_second_moment=float(fading.moment(2.0)),

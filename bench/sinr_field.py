@@ -34,8 +34,9 @@ WINDOW_STATIONS = 256
 BIAS = 1e-3  # of the algorithms at 16 powers and more, tables included
 WINDOW_BIAS = 1e-2  # of the window simulation at 256 stations: coverage is off by 2e-3, the rate by 6e-3
 
-# Slots for each lane (see above): a random word of Philox; an exponential deviate with the running sum; 2^x; lookups.
-WORD, EXPONENTIAL, EXP2, LOG2, LOOKUP, TWO_SIDED_LOOKUP, RATE, EXP2_WIDE = 20, 31, 14, 20, 11, 17, 41, 24
+# Slots for each lane (see above): a random word of Philox; an exponential deviate with the running sum; the place of a
+# word among quantiles; 2^x; lookups.
+WORD, EXPONENTIAL, QUANTILE, EXP2, LOG2, LOOKUP, TWO_SIDED_LOOKUP, RATE, EXP2_WIDE = 20, 31, 6, 13, 20, 11, 17, 41, 24
 SUMS = 6  # value and square, in float64
 WALK = 4 * WORD + 42 + 22  # the residual's words and deviate, log2 of the second arrival
 FINISH = 2 * LOOKUP + 2 * EXP2 + 38 + 39 + RATE + EXP2_WIDE + 33  # residual, total with noise, moments, histogram
@@ -118,8 +119,8 @@ def _geometry_case(
         tokenweave_ops.sample_geometry, table, grid, num_realisations=problem.num_realisations, num_points=num_points,
         association=association,
     )  # fmt: skip
-    shared = 2 * WORD + 2 * EXPONENTIAL + LOOKUP  # of a station: arrival and mark
-    station = LOG2 + 9 + EXP2 + (12 if nearest else 24)  # gain, and its place among signal and interference
+    shared = 2 * WORD + EXPONENTIAL + QUANTILE + LOOKUP  # of a station: arrival and mark
+    station = LOG2 + 6 + EXP2 + (7 if nearest else 10)  # gain, and its place among signal and interference
     slots = _walks(num_densities) * (num_points * shared + WALK)
     slots += num_densities * (num_points * station + FINISH + len(THRESHOLDS_8) * (4 + SUMS))
     return _case("sample_geometry", name, problem, call, slots, device, {}, loop)

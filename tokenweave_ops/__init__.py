@@ -108,6 +108,7 @@ __all__ = [
     "gather_residual_",
     "gemm_us",
     "load_overrides",
+    "mark_table",
     "plan_gemm_split",
     "plan_token_split",
     "published_split",

@@ -47,7 +47,9 @@ from tokenweave_ops._sinr_tables import GeometryTable, LogTable, PowerTable, Sin
 
 BATCH = 16384  # realisations whose sums are given apart
 HISTOGRAM_BINS = 512
-HISTOGRAM_LOW = -64  # log2 SINR at the lower edge of the first bin, which also takes all below; the last takes all above
+HISTOGRAM_LOW = (
+    -64
+)  # log2 SINR at the lower edge of the first bin, which also takes all below; the last takes all above
 HISTOGRAM_PER_OCTAVE = 4
 META_BINS = 256  # of [0, 1], for conditional coverage
 MOMENTS = ("rate", "inverse_sinr", "residual_share")

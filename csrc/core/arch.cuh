@@ -13,6 +13,7 @@
 #define TW_HOST_DEVICE __host__ __device__ __forceinline__
 #define TW_MEMBER __device__ __forceinline__
 #define TW_KERNEL __global__
+#define TW_UNROLL_4 _Pragma("unroll")
 #else
 #include <bit>
 #include <cmath>
@@ -24,6 +25,7 @@
 #define TW_HOST_DEVICE static inline __attribute__((always_inline))
 #define TW_MEMBER __attribute__((always_inline)) inline
 #define TW_KERNEL
+#define TW_UNROLL_4 _Pragma("GCC unroll 4")  // of a loop that "unroll" alone leaves to the compiler, which leaves it
 #define __launch_bounds__(...)
 #define threadIdx (::simt::current->thread_idx)
 #define blockIdx (::simt::current->block_idx)

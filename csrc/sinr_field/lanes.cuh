@@ -6,13 +6,6 @@
 #include "core/numeric.cuh"
 #include "core/philox.cuh"
 
-// Of the four words of a random number each: gcc leaves such a loop rolled, and then waits for one word at a time.
-#if defined(__CUDACC__)
-#define TW_UNROLL_4 _Pragma("unroll")
-#else
-#define TW_UNROLL_4 _Pragma("GCC unroll 4")
-#endif
-
 namespace tokenweave::inline TOKENWEAVE_BACKEND {
 
 template <class V>

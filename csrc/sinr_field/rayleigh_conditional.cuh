@@ -1,8 +1,8 @@
 // rayleigh_conditional on a GPU.
 // Mapping: as in sampler.cuh, but a walk serves 8 thresholds of one density. The strongest cell keeps its gains in
 // shared memory, each read by the thread that wrote it.
-// Limit: issue of arithmetic, about 60 instructions for each point and 3 more for each threshold; for the strongest
-// cell 25 for each pair of points and 5 more for each threshold. Not measured yet.
+// Limit: issue of arithmetic, a few instructions for each point and threshold; for the strongest cell, for each pair of
+// points and threshold.
 #pragma once
 
 #include "sinr_field/rayleigh.cuh"

@@ -1,6 +1,5 @@
 // sample_geometry on a GPU: the marks' table and the gain's, if it is one, in shared memory, the far field's, read once
-// for each realisation, in global memory. Mapping, bytes and limit: sampler.cuh. An estimate, not measured: 110
-// instructions for each point leave room for 2.7e11 points a second at full issue.
+// for each realisation, in global memory. Mapping, bytes and limit: sampler.cuh.
 #pragma once
 
 #include "sinr_field/geometry.cuh"

@@ -1,6 +1,5 @@
 // sample_power_domain on a GPU: the powers' table and the measure's in shared memory, the two tables of the residual,
-// read once for each realisation, in global memory. Mapping, bytes and limit: sampler.cuh. An estimate, not measured:
-// 16 powers and no thresholds at 70 instructions each leave room for 2e10 realisations a second at full issue.
+// read once for each realisation, in global memory. Mapping, bytes and limit: sampler.cuh.
 #pragma once
 
 #include "sinr_field/power_domain.cuh"

@@ -2,8 +2,8 @@
 // Mapping: a warp takes a cell, a lane one realisation of each of its 8 rows; the block's warps take neighbouring
 // cells, and a block keeps its tables in shared memory for all cells it strides over. What coverage is computed from
 // waits in shared memory, each word read by the lane that wrote it, so a cell needs no barrier. Bytes: 16 for each sum
-// of a cell, hence under one for a realisation. Limit: issue of arithmetic, about 70 instructions for each power or 110
-// for each point. Not measured yet.
+// of a cell, hence under one for a realisation. Limit: issue of arithmetic; instructions counted and what they lead
+// to expect: docs/performance.md.
 #pragma once
 
 #include "core/reduce.cuh"

@@ -63,6 +63,37 @@ def test_small_rows_state_no_share_of_the_limit(machine, make_case):
     assert cold["limit"] is hot["limit"] is cold["pct_of_limit"] is hot["pct_of_limit"] is None
 
 
+def test_a_limit_of_arithmetic_is_stated_hot_and_cold(machine, make_case, monkeypatch):
+    """Ours does 1,000 operations in 10 us; the matmul, 4,000 in 20 us: half its rate."""
+    clock = machine.clock
+    monkeypatch.setattr(limits, "matmul_call", lambda kind, dtype: (lambda: clock.advance(20e-6), 4000))
+    case = make_case(rows=1, flops=1000, limit=machines.Limit("matmul", ("x",)))
+    rows = harness.run_case(case, machine, budget_s=1e-3)
+    assert {row["cache"] for row in rows} == {"cold", "hot"}
+    for row in rows:
+        assert row["pct_of_limit"] == pytest.approx(50)
+        assert row["limit"]["kind"] == "matmul" and row["limit"]["gflop_per_s"] == pytest.approx(0.2)
+
+
+def test_counts_are_carried_and_checked(machine, make_case, doc):
+    (row,) = harness.run_case(make_case(rows=64, counts={"point": 64}), machine, budget_s=1e-3)
+    assert row["counts"] == {"point": 64}
+    harness.validate(doc(row))
+    for bad in ({"point": 0}, {"point": 1.5}, [64]):
+        with pytest.raises(ValueError, match="names and positive whole numbers"):
+            harness.validate(doc(row | {"counts": bad}))
+
+
+def test_what_a_call_returns_may_be_formed_before_it_is_compared(machine, make_case):
+    case = make_case()
+    returned = lambda buffers: lambda: (buffers["x"], "and more")  # noqa: E731
+    case.contestants[1] = harness.Contestant(
+        "eager", "returns a pair", returned, {"y": harness.RETURNED}, result=lambda pair: 2 * pair[0]
+    )
+    (row,) = harness.run_case(case, machine, budget_s=1e-3)
+    assert "eager" in row["baselines"] and not row["flags"]
+
+
 def test_a_wrong_kernel_prints_no_speed(machine, make_case, doc):
     (row,) = harness.run_case(make_case(wrong=["ours"]), machine, budget_s=1e-3)
     assert row["ok"] is False and row["max_err"] > 0.1

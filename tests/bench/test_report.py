@@ -40,6 +40,12 @@ def test_remarks_explain_what_a_reader_must_know(doc, row):
     assert "other processes used 40 % of its cores" in lines
 
 
+def test_remarks_say_what_one_of_the_counted_costs(doc, row, wrong):
+    lines = report.remarks(doc(row(us=50.0, counts={"point": 1000}), row(counts={"point": 7}, **wrong)))
+    assert "double 1024x64: 50 ns a point, 2e+07 points/s." in lines
+    assert sum("a point" in line for line in lines) == 1
+
+
 @pytest.mark.parametrize("with_rich", [True, False])
 def test_terminal_table_fits_120_columns(doc, row, wrong, with_rich, monkeypatch, capsys):
     names = ["eager", "compile", "torch_rms_norm", "vllm", "flashinfer"]

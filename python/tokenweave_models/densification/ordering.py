@@ -163,7 +163,8 @@ def _sample(sampler: Sampler, total: Accumulator, noise: float, first: int, coun
 
 def _differences(sums: list[Accumulator], sampler: Sampler, rate: bool) -> tuple[Interval, Interval]:
     groups = [one.groups() for one in sums]
-    gaps = Groups(groups[0].sums - groups[1].sums, groups[0].sizes)
+    with np.errstate(invalid="ignore"):  # inverse SINR is infinite where a disc may hold no cell
+        gaps = Groups(groups[0].sums - groups[1].sums, groups[0].sizes)
     coverage = jackknife(lambda means: means[:, sampler.num_moments :], gaps)
     if not rate:
         return coverage, Interval(*[np.full(gaps.sums.shape[1], np.nan)] * 4)

@@ -25,10 +25,10 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from tokenweave_models.densification.fading import Fading, LogPareto, Product
 from tokenweave_models.densification.power_measure import PowerMeasure
 
 if TYPE_CHECKING:
-    from tokenweave_models.densification.fading import Fading
     from tokenweave_models.densification.path_loss import PathLoss
 
 METRICS = ("coverage", "rate", "coverage_density", "ase")
@@ -178,8 +178,17 @@ def _warnings(name: str, rho: float, is_tied: bool, kappa: float, fading: Fading
         warnings.append("the constant of the fading's tail is not known: exponents are predicted, constants are not")
     if not fading.log_mean_exists:
         warnings.append("E ln(1 + m) is infinite: the rate is infinite at every density, sample means say nothing")
-    if getattr(fading, "tail_is_fitted", False):
-        warnings.append(
-            f"the tail index {fading.tail_index:.4g} is a fit to the largest marks: all predictions rest on it"
-        )
+    factors = _factors(fading)
+    if fading.log_mean_exists and any(isinstance(factor, LogPareto) and factor.g <= 2 for factor in factors):
+        warnings.append("the rate has no variance: its sample means and their error bars settle slowly or not at all")
+    for factor in factors:
+        if getattr(factor, "tail_is_fitted", False) and factor.tail_index == fading.tail_index:
+            warnings.append(
+                f"the tail index {factor.tail_index:.4g} is a fit to the largest marks: all predictions rest on it"
+            )
     return warnings
+
+
+def _factors(fading: Fading) -> list[Fading]:
+    """The laws that the mark is a product of."""
+    return [law for one in fading.factors for law in _factors(one)] if isinstance(fading, Product) else [fading]

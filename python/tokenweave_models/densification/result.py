@@ -33,7 +33,8 @@ class Slope:
         threshold_db: of a coverage; None of a rate.
         value, standard_error, low, high: of the fit, with its 95 % interval; nan where it is not known.
         predicted: by the regime; nan where the regime predicts no power of density.
-        verdict: "agrees" within 3 standard errors or 0.05, "disagrees", "no power law" or "not measured".
+        verdict: "agrees" within 3 standard errors or 0.05, "differs" (at these
+            densities the limit may be far), "no power law" or "not measured".
     """
 
     quantity: str
@@ -161,7 +162,7 @@ class Result:
             verdict = "no power law"
         else:
             reach = max(SLOPE_TOLERANCE, 3 * error if isfinite(error) else 0.0)
-            verdict = "agrees" if abs(value - predicted) <= reach else "disagrees"
+            verdict = "agrees" if abs(value - predicted) <= reach else "differs"
         return Slope(
             quantity, threshold, value, error, float(fit.low) + added, float(fit.high) + added, predicted, verdict
         )
@@ -239,7 +240,7 @@ class Result:
         rows = self.rows()
         with path.open("w", newline="", encoding="utf-8") as file:
             for name, value in self.provenance.items():
-                file.write(f"# {name}: {json.dumps(_plain(value))}\n")
+                file.write(f"# {name}: {json.dumps(as_json(value))}\n")
             writer = csv.DictWriter(file, list(rows[0]))
             writer.writeheader()
             writer.writerows(rows)
@@ -255,18 +256,18 @@ class Result:
             "warnings": self.warnings,
             "provenance": self.provenance,
         }
-        path.write_text(json.dumps(_plain(report), indent=1, allow_nan=False) + "\n", encoding="utf-8")
+        path.write_text(json.dumps(as_json(report), indent=1, allow_nan=False) + "\n", encoding="utf-8")
 
 
 _ARRAYS = [part.name for part in fields(Result) if part.type == "np.ndarray"]
 
 
-def _plain(value: Any) -> Any:
+def as_json(value: Any) -> Any:
     """JSON has no names for what is not finite: nan becomes null, infinities become the strings "inf" and "-inf"."""
     if isinstance(value, dict):
-        return {key: _plain(one) for key, one in value.items()}
+        return {key: as_json(one) for key, one in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_plain(one) for one in value]
+        return [as_json(one) for one in value]
     if isinstance(value, float) and not isfinite(value):
         return None if value != value else ("inf" if value == inf else "-inf")
     return value

@@ -14,6 +14,7 @@ from tokenweave_models.densification.fading import (
     LogPareto,
     NoFading,
     Pareto,
+    Product,
     Rayleigh,
     Weibull,
 )
@@ -130,6 +131,10 @@ def test_warnings():
     assert classify(dual(0.0, 100.0), LogPareto(1.0)).laws["rate"] == "infinite at every density"
     fitted = FadingTable([1.0, 2.0, 4.0, 8.0, 16.0, 32.0], [1, 0.3, 0.1, 0.03, 0.01, 0.003])
     assert "is a fit to the largest marks" in warnings(dual(0.0), fitted)
+    assert "is a fit to the largest marks" in warnings(dual(0.0), Product(Rayleigh(), Product(fitted, Rayleigh())))
+    assert "is a fit" not in warnings(dual(0.0), Product(fitted, Pareto(fitted.tail_index / 2)))
+    assert "the rate has no variance" in warnings(dual(0.0, 100.0), Product(LogPareto(2.0), Rayleigh()))
+    assert "no variance" not in warnings(dual(0.0, 100.0), LogPareto(2.1))
     assert warnings(dual(0.5), Rayleigh()) == ""
 
 

@@ -63,7 +63,7 @@ def test_slopes_are_fitted_over_the_last_two_decades_and_judged():
     for slope, value in zip(slopes, (-1 / 3, -1 / 12, 2 / 3, 11 / 12), strict=True):
         assert slope.value == pytest.approx(value, abs=1e-9)
     assert [slope.predicted for slope in slopes] == pytest.approx([-1 / 3, -1 / 4, 2 / 3, 3 / 4])
-    assert [slope.verdict for slope in slopes] == ["agrees", "disagrees", "agrees", "disagrees"]
+    assert [slope.verdict for slope in slopes] == ["agrees", "differs", "agrees", "differs"]
 
 
 def test_intervals_of_slopes_hold_the_true_one():
@@ -107,9 +107,9 @@ def test_groups_hold_what_the_means_are_made_of(swept):
     assert swept.groups.sizes.tolist() == [BATCH] * 3
 
 
-def test_a_slope_that_theory_forbids_disagrees(swept):
+def test_a_slope_that_theory_forbids_differs(swept):
     other = replace(swept, regime=classify(MultiSlope([3, 4], [10.0]), Rayleigh()))
-    assert other.slopes()[0].verdict == "disagrees"
+    assert other.slopes()[0].verdict == "differs"
 
 
 def test_the_ccdf_of_the_histogram_meets_the_coverage(swept):

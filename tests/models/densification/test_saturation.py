@@ -114,6 +114,11 @@ def test_monotone_in_threshold_and_delta(delta, log10_y, step):
     assert saturation.rate(min(delta + step * 0.01, 0.98)) < saturation.rate(delta)
 
 
+@pytest.mark.filterwarnings("error")
+def test_thresholds_next_to_0_are_covered():
+    np.testing.assert_array_equal(saturation.coverage(0.5, [1e-300, 1e-100, 1e-17, 1e-5]), 1.0)
+
+
 def test_shapes_and_many_thresholds():
     thresholds = np.geomspace(1e-3, 1e6, 900).reshape(3, 300)
     values = saturation.coverage(0.4, thresholds)

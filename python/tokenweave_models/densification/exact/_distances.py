@@ -26,10 +26,11 @@ def interference_factor_of(thresholds: np.ndarray, exponent: float) -> np.ndarra
 class Distances:
     """Quadrature over the distance r of the serving cell, and over those of interferers.
 
-    ``panels``, ``r``, ``loss``: nodes in ln r that end at the breakpoints, r and l(r) there, in units of the path loss.
+    ``panels``, ``r``, ``loss``: nodes in ln r, in panels of at most ``width`` that end at the breakpoints; r and l(r)
+    there, in units of the path loss.
     """
 
-    def __init__(self, path_loss: PathLoss, densities: np.ndarray, thresholds: np.ndarray):
+    def __init__(self, path_loss: PathLoss, densities: np.ndarray, thresholds: np.ndarray, width: float = 0.5):
         corners = path_loss.log_edges()
         # Coverage comes from distances density^(-1/2), and where interference is dense from (density T)^(-1/beta_0).
         low = min(0.0, corners.min(initial=0.0), -0.5 * log(densities.max()))
@@ -39,7 +40,7 @@ class Distances:
             high = log(path_loss.r_inf)
         else:  # beyond all serving cells, and where the loss is one power of the distance (a height bends it for long)
             high = max(0.0, corners.max(initial=0.0), 0.5 * log(50 / (pi * densities.min()))) + log(1e4)
-        self.panels = LogPanels.between(min(low, high) - _NEAR, high, 0.5, corners)
+        self.panels = LogPanels.between(min(low, high) - _NEAR, high, width, corners)
         self.r = self.panels.x
         self._log_loss = path_loss.log_loss(self.panels.log_x)
         with np.errstate(over="ignore"):
@@ -49,11 +50,16 @@ class Distances:
 
     def interference_beyond(self, threshold: float) -> np.ndarray:
         """J(r) at every node r: the integral over v from r of v / (1 + l(v) / (T l(r)))."""
-        return (self._weights_beyond / (1 + self._loss_ratio / threshold)).sum(axis=1) + self._far(threshold)
+        return (self._weights_beyond * self._shares(threshold)).sum(axis=1) + self._far(threshold)
 
     def interference(self, threshold: float) -> np.ndarray:
         """The same integral over the whole plane or disc."""
-        return (1 / (1 + self._loss_ratio / threshold)) @ (self.panels.weights * self.r) + self._far(threshold)
+        return self._shares(threshold) @ (self.panels.weights * self.r) + self._far(threshold)
+
+    def _shares(self, threshold: float) -> np.ndarray:
+        """1 / (1 + l(v) / (T l(r))), rows r."""
+        with np.errstate(over="ignore"):
+            return 1 / (1 + self._loss_ratio / threshold)
 
     @cached_property
     def _loss_ratio(self) -> np.ndarray:

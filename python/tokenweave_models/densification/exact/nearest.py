@@ -105,7 +105,12 @@ def coverage(
     densities, thresholds = _check_density(densities), _positive(thresholds)
     if not noise >= 0:
         raise ValueError(f"coverage: noise must not be negative, got {noise}")
-    distances = Distances(path_loss, densities, thresholds)
+    return _coverage(Distances(path_loss, densities, thresholds), densities, thresholds, noise, activity)
+
+
+def _coverage(
+    distances: Distances, densities: np.ndarray, thresholds: np.ndarray, noise: float, activity: float
+) -> np.ndarray:
     result = np.empty((len(densities), len(thresholds)))
     for column, threshold in enumerate(thresholds):
         beyond = 2 * pi * activity * distances.interference_beyond(threshold) + pi * distances.r**2
@@ -123,7 +128,11 @@ def rate(path_loss: PathLoss, densities: Sequence[float], *, noise: float = 0.0,
     """
     # In a deep deficit coverage ends at small t, near its limit it falls as slowly as exp(-2 t / far exponent).
     panels = LogPanels.between(log(1e-12), log(100.0), 2.5)
-    return panels.integral(coverage(path_loss, densities, np.expm1(panels.x), noise=noise, activity=activity))
+    densities, thresholds = _check_density(densities), np.expm1(panels.x)
+    if not noise >= 0:
+        raise ValueError(f"rate: noise must not be negative, got {noise}")
+    distances = Distances(path_loss, densities, thresholds, width=1.0)  # a quarter of the nodes' pairs: 1e-5 or better
+    return panels.integral(_coverage(distances, densities, thresholds, noise, activity))
 
 
 def low_density_limit(path_loss: PathLoss, threshold: float) -> float:

@@ -118,7 +118,8 @@ def _tilted(delta: float, y: np.ndarray) -> np.ndarray:
     """The outage P(Z > z), z = 1 / y > 2, from exp(s0 z) P(Z > z), whose transform is (1 - L(s - s0)) / (s - s0)."""
     if len(y) > _AT_ONCE:  # bounds memory
         return np.concatenate([_tilted(delta, part) for part in np.array_split(y, len(y) // _AT_ONCE + 1)])
-    z, decay = 1.0 / y, _decay(delta)
+    decay = _decay(delta)
+    z = 1.0 / np.maximum(y, decay / 800)  # beyond, the outage is 0 in float64
     steps = np.arange(_EULER_TERMS + _EULER_AVERAGED + 1)
     s = (_EULER_DECAY / 2 + 1j * pi * steps) / z[:, None] - decay
     slope = _exponent_over_s(delta, s)

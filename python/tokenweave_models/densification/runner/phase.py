@@ -107,8 +107,8 @@ def print_cells(arguments: argparse.Namespace, near: list[float], tails: list[fl
         ("tail index alpha", *(f"beta_0 = {value:g}" for value in near)),
         [(f"{tail:g}", *(words_of(by_place[value, tail].slope) for value in near)) for tail in tails],
     )
-    judged = [cell for cell in cells if cell.slope.verdict in ("agrees", "disagrees")]
-    apart = [cell for cell in judged if cell.slope.verdict == "disagrees"]
+    judged = [cell for cell in cells if cell.slope.verdict in ("agrees", "differs")]
+    apart = [cell for cell in judged if cell.slope.verdict == "differs"]
     print_text(f"{len(judged) - len(apart)} of {len(judged)} cells with a predicted power agree with it.")
     for cell in apart:
         print_text(

@@ -12,7 +12,7 @@ import numpy as np
 from tokenweave_models.common.console import print_table, print_text
 from tokenweave_models.common.output import write_json
 from tokenweave_models.densification.network import Network
-from tokenweave_models.densification.result import Result, Slope, _plain
+from tokenweave_models.densification.result import Result, Slope, as_json
 
 MOST_COLUMNS = 5  # of thresholds that a table shows
 
@@ -107,8 +107,8 @@ def print_slopes(slopes: Iterable[Slope], thresholds_db: Sequence[float]) -> Non
             if isfinite(slope.value)
         ],
     )
-    if any(slope.verdict == "disagrees" for slope in shown):
-        print_text("Predicted slopes are those of the limit; one that disagrees has not reached it at these densities.")
+    if any(slope.verdict == "differs" for slope in shown):
+        print_text("Predicted slopes are those of the limit; one that differs has not reached it at these densities.")
 
 
 def print_regime_words(result: Result) -> None:
@@ -127,4 +127,4 @@ def written(path: object) -> None:
 
 def write_report(path: Path | None, report: dict[str, Any]) -> None:
     """As JSON, in which nan is null and infinities are words, as in a result's."""
-    write_json(path, _plain(report))
+    write_json(path, as_json(report))

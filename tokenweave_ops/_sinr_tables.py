@@ -49,6 +49,8 @@ def _fit_cubics(function: Callable[[np.ndarray], np.ndarray], places: np.ndarray
 
 
 def _to_tensor(coefficients: np.ndarray, device: torch.device | str) -> Tensor:
+    if not (np.abs(coefficients) < 3e38).all():
+        raise ValueError("a tabulated function must have values that fp32 can hold")
     return torch.from_numpy(np.ascontiguousarray(coefficients, dtype=np.float32)).to(device)
 
 
@@ -79,9 +81,11 @@ class LogTable:
         device: torch.device | str = "cpu",
     ) -> LogTable:
         """``function`` takes float64 ``[n]`` and gives ``[n]`` or ``[planes, n]``, in base-2 logarithms where it is to
-        be looked up as one; -inf becomes -1e4. Neighbouring intervals share the value at their border."""
+        be looked up as one; -inf and all below become -1e4. Neighbouring intervals share the value at their border."""
         if not 0 < low < high < 3e38:
             raise ValueError(f"the range must be 0 < low < high < 3e38, got {low}, {high}")
+        if high < 1.2e-38:
+            raise ValueError(f"the range must end at a normal fp32 number, 1.2e-38 or above, got {high}")
         first = max(_key(low, log2_steps), _key(1.2e-38, log2_steps))
         count = _key(high, log2_steps) - first + 1
         _check_count(count, f"a range of {low:g} to {high:g}")
@@ -230,7 +234,7 @@ def mark_table(
     def planes(y):
         return np.stack([log2_mark(-np.log1p(-y)), log2_mark(-np.log(y))])
 
-    return LogTable.fit(planes, SMALLEST_ARRIVAL, 0.5, log2_steps, device)
+    return LogTable.fit(planes, SMALLEST_ARRIVAL, np.nextafter(np.float32(0.5), np.float32(0)), log2_steps, device)
 
 
 @dataclass(frozen=True, eq=False)
@@ -269,8 +273,8 @@ class GeometryTable:
         mark_second_moment: float = 2.0,
         device: torch.device | str = "cpu",
     ) -> GeometryTable:
-        """Path loss r^exponent on the infinite plane. ``fading``: log2 of the mark as a function of e, P(mark > m) =
-        exp(-e); the default is Rayleigh fading, whose power is e itself."""
+        """Path loss r^exponent on the infinite plane, for all densities there may be. ``fading``: log2 of the mark as a
+        function of e, P(mark > m) = exp(-e); the default is Rayleigh fading, whose power is e itself."""
         if not exponent > 2:
             raise ValueError(f"exponent must be above 2, or interference is infinite; got {exponent}")
         half = exponent / 2
@@ -283,7 +287,7 @@ class GeometryTable:
         return cls(
             gain=_to_tensor(np.array([[0.0, half]]), device),
             fading=mark_table(fading, device=device),
-            far=LogTable.fit(far, 1e-9, 1e12, device=device),
+            far=LogTable.fit(far, 1e-27, 1e32, device=device),
             mark_mean=mark_mean,
             mark_second_moment=mark_second_moment,
         )

@@ -27,7 +27,7 @@ Numeric contract, met by every backend:
   batch of 16,384 in order. So the same bits for any grid, any number of threads, any split of a run at batches.
 - Every product that is added is a fused multiply-add, logarithms and exponentials are polynomials: a GPU, the
   emulated kernels and a CPU with AVX2 or AVX-512 give the same bits; on a CPU without fused multiply-add results
-  differ by rounding, below 2e-5 dB.
+  differ by rounding, a unit or two in the last place of log2 of the powers: 5e-5 dB for powers of 2^-128 to 2^128.
 - ``residual``: "gauss" adds the mean of what the finite number of terms leaves out and a normal deviate of its
   variance, clipped at 0; "mean" only the mean; "none" nothing, which is what simulations in a finite window do.
 
@@ -37,6 +37,7 @@ the power domain is the mapping theorem for Poisson processes.
 
 from __future__ import annotations
 
+from math import inf
 from typing import NamedTuple
 
 import torch
@@ -179,13 +180,16 @@ class ConditionalSums(NamedTuple):
 
 
 def estimate_from_sums(sums: Tensor, num_realisations: int) -> Estimate:
-    """Mean and standard error from sums ``[batches, ..., 2]`` of value and value squared, batches added in order."""
+    """Mean and standard error from sums ``[batches, ..., 2]`` of value and value squared, batches added in order. The
+    error is inf where it is not known: of one realisation, and where values or their squares are infinite."""
     total = torch.zeros(sums.shape[1:], dtype=torch.float64, device=sums.device)
     for batch in sums:
         total = total + batch
     mean = total[..., 0] / num_realisations
     variance = (total[..., 1] / num_realisations - mean * mean).clamp(min=0)
-    return Estimate(mean, (variance / max(num_realisations - 1, 1)).sqrt())
+    error = (variance / max(num_realisations - 1, 1)).sqrt()
+    is_known = error.isfinite() & (num_realisations > 1)
+    return Estimate(mean, torch.where(is_known, error, inf))
 
 
 def _check(op: str, name: str, is_good: bool, words: str, value: object) -> None:
@@ -231,7 +235,7 @@ def sample_power_domain(
         noise: W, in units of the power at distance u.
         activity: probability that an interferer transmits; the serving cell always does.
         residual: "gauss", "mean" or "none".
-        seed: any 64-bit integer.
+        seed: -2^63 to 2^63 - 1.
         keep_samples: also return log2 of signal and interference.
 
     Raises:

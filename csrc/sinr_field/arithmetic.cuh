@@ -1,6 +1,7 @@
 // The functions of one real number that the samplers are made of, on lanes of type V (lanes.cuh): the same sequence of
-// correctly rounded operations for every V, hence the same bits on every device. Every product that is added is a
-// multiply_add; a plain a * b + c would be contracted by one compiler and not by another.
+// correctly rounded operations for every V, hence the same bits on every device that multiplies and adds as one. Every
+// product that is added is a multiply_add, unless it is exact; a plain a * b + c would be contracted by one compiler and
+// not by another.
 // Polynomials: logarithm and 2^f are those of Cephes (Moshier), the sine is Taylor's.
 #pragma once
 
@@ -150,7 +151,7 @@ TW_DEVICE V log2_add(const V& a, const V& b) {
   return Math<V>::multiply_add(rest, constant<V>(kLog2E), large);
 }
 
-// ln(1 + 2^x), accurate where it is small; x up to 2^22.
+// ln(1 + 2^x), accurate down to 2^-126 and not below.
 template <class V>
 TW_DEVICE V log_one_plus_exp2(const V& x) {
   const V zero = constant<V>(0.0f);

@@ -167,17 +167,14 @@ struct Geometry {
   }
 
   TW_MEMBER void finish(const V& arrival, const V& signal, const PowerSum<V>& others, const V& deviate, int d) {
-    const V s = distance2(arrival, d), zero = constant<V>(0.0f);
-    const V reference = others.sum == 0.0f ? signal : others.reference;
+    const V s = distance2(arrival, d);
     const float log2_density = scales[2 * d + 1] + p.log2_activity;
-    const Rest<V> rest = residual_of<V>(
-        p, tables.far_mean(s) + (log2_density + p.log2_mark_mean) - reference,
-        tables.far_deviation(s) + 0.5f * (log2_density + p.log2_mark_second_moment) - reference, deviate);
-    const auto exists = s < p.end2;
-    const V total = others.sum + (exists ? rest.value : zero);
+    const Interference<V> found = with_residual<V>(
+        p, others.sum, others.reference, s < p.end2, tables.far_mean(s) + (log2_density + p.log2_mark_mean),
+        tables.far_deviation(s) + 0.5f * (log2_density + p.log2_mark_second_moment), deviate);
     received.signal[d] = signal;
-    received.interference[d] = log2_of_sum(total, reference);
-    received.residual_share[d] = exists ? share_of(rest.deviation, total) : zero;
+    received.interference[d] = found.log2_power;
+    received.residual_share[d] = found.residual_share;
   }
 
   TW_MEMBER V total(int d) const { return log2_with_noise(p, received.interference[d]); }

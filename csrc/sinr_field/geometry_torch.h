@@ -12,9 +12,12 @@ struct GeometryArguments {
   double height, min_distance, r_inf;
 };
 
+// Kernels compare squares, in fp32.
 inline float check_square(const char* op, const char* name, double value, bool may_be_infinite) {
   check_non_negative(op, name, value, may_be_infinite);
-  return static_cast<float>(value * value);
+  const float square = static_cast<float>(value * value);
+  if (std::isinf(square) && !std::isinf(value)) fail_number(op, name, "at most 1.8e19", shortest(value));
+  return square;
 }
 
 inline void check_geometry(const char* op, const TensorInfo& scales, const GeometryArguments& a, GeometryParams& p) {
@@ -34,7 +37,7 @@ inline void check_geometry(const char* op, const TensorInfo& scales, const Geome
   p.height2 = check_square(op, "height", a.height, false);
   p.min_distance2 = check_square(op, "min_distance", a.min_distance, false);
   p.end2 = check_square(op, "r_inf", a.r_inf, true);
-  if (p.end2 == 0.0f) fail_number(op, "r_inf", "above 0", shortest(a.r_inf));
+  if (p.end2 == 0.0f) fail_number(op, "r_inf", a.r_inf > 0 ? "at least 1e-22" : "above 0", shortest(a.r_inf));
 }
 
 }  // namespace tokenweave::inline TOKENWEAVE_BACKEND

@@ -1,6 +1,6 @@
 // One realisation (lane) of the power domain, for kDensities densities at once. Powers are P_i = L1^-1(Gamma_i /
-// density) for the arrivals Gamma_1 < Gamma_2 < ... of a unit Poisson process; interference is kept relative to the
-// second one.
+// density) for the arrivals Gamma_1 < Gamma_2 < ... of a unit Poisson process; interference is kept relative to its
+// first term, the strongest interferer.
 #pragma once
 
 #include "sinr_field/received.cuh"
@@ -60,18 +60,20 @@ struct PowerDomain {
     const V deviate = normal<V>(words.word[0], words.word[1]);
     node_offset = fraction<V>(words.word[2]);
 #pragma unroll
-    for (int d = 0; d < kDensities; ++d) add_residual(arrival, reference[d], sum[d], deviate, d);
+    for (int d = 0; d < kDensities; ++d) {
+      const V of_sum = found[d] == 0.0f ? constant<V>(kNothing) : reference[d];
+      add_residual(arrival, of_sum, sum[d], deviate, d);
+    }
   }
 
   TW_MEMBER void add_residual(const V& arrival, const V& reference, const V& sum, const V& deviate, int d) {
-    const V g = arrival * scales[2 * d], zero = constant<V>(0.0f);
+    const V g = arrival * scales[2 * d];
     const float log2_density = scales[2 * d + 1] + p.log2_activity;
-    const Rest<V> rest = residual_of<V>(p, tables.rest_mean(g) + log2_density - reference,
-                                        tables.rest_deviation(g) + 0.5f * log2_density - reference, deviate);
-    const auto exists = g < p.cut;
-    const V total = sum + (exists ? rest.value : zero);
-    received.interference[d] = log2_of_sum(total, reference);
-    received.residual_share[d] = exists ? share_of(rest.deviation, total) : zero;
+    const Interference<V> found =
+        with_residual<V>(p, sum, reference, g < p.cut, tables.rest_mean(g) + log2_density,
+                         tables.rest_deviation(g) + 0.5f * log2_density, deviate);
+    received.interference[d] = found.log2_power;
+    received.residual_share[d] = found.residual_share;
   }
 
   TW_MEMBER V sinr(int d) const { return log2_sinr(received.signal[d], total(d)); }

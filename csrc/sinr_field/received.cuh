@@ -24,20 +24,12 @@ TW_DEVICE V log2_sinr(const V& signal, const V& total) {
   return signal == kNothing ? constant<V>(kNothing) : signal - total;
 }
 
-// The residual as `mean + deviation * normal`, never below 0; all relative to a power of log2 `reference`.
+// Powers summed one by one, and what lies beyond them.
 template <class V>
-struct Rest {
-  V value, deviation;
+struct Interference {
+  V log2_power;      // kNothing where there is none
+  V residual_share;  // of the residual's standard deviation in it
 };
-template <class V>
-TW_DEVICE Rest<V> residual_of(const SamplerParams& p, const V& log2_mean, const V& log2_deviation, const V& deviate) {
-  const V zero = constant<V>(0.0f);
-  if (p.residual == kNoResidual) return {zero, zero};
-  const V mean = exp2_of(log2_mean);
-  if (p.residual == kMeanResidual) return {mean, zero};
-  const V deviation = exp2_of(log2_deviation);
-  return {at_least(Math<V>::multiply_add(deviation, deviate, mean), zero), deviation};
-}
 
 // A part of a sum relative to it; 0 where log2_of_sum says that the sum is none.
 template <class V>
@@ -49,6 +41,22 @@ TW_DEVICE V share_of(const V& part, const V& sum) {
 template <class V>
 TW_DEVICE V log2_of_sum(const V& sum, const V& reference) {
   return sum > 0x1p-126f ? reference + log2_of(at_least(sum, constant<V>(0x1p-126f))) : constant<V>(kNothing);
+}
+
+// The residual is `mean + deviation * normal`, never below 0. `sum` is relative to a power of log2 `reference`, kNothing
+// if there is none; the total to that or to the residual's mean, whichever is more, so that neither is lost.
+template <class V, class Mask>
+TW_DEVICE Interference<V> with_residual(const SamplerParams& p, const V& sum, const V& reference, const Mask& exists,
+                                        const V& log2_mean, const V& log2_deviation, const V& deviate) {
+  const V zero = constant<V>(0.0f);
+  if (p.residual == kNoResidual) return {log2_of_sum(sum, reference), zero};
+  const V beyond = exists ? log2_mean : constant<V>(kNothing), most = at_least(reference, beyond);
+  const V near = sum * exp2_up_to_126(reference - most);
+  const V mean = exists ? exp2_up_to_126(beyond - most) : zero;
+  if (p.residual == kMeanResidual) return {log2_of_sum(near + mean, most), zero};
+  const V deviation = exists ? exp2_of(log2_deviation - most) : zero;
+  const V total = near + at_least(Math<V>::multiply_add(deviation, deviate, mean), zero);
+  return {log2_of_sum(total, most), share_of(deviation, total)};
 }
 
 // log2(I + W)

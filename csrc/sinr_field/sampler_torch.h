@@ -126,7 +126,7 @@ inline void check_noise(const char* op, double noise, SamplerParams& p) {
 inline void check_interferers(const char* op, double activity, int64_t residual, SamplerParams& p) {
   if (!(activity > 0.0 && activity <= 1.0)) fail_number(op, "activity", "above 0, at most 1", shortest(activity));
   p.residual = static_cast<Residual>(check_int(op, "residual", residual, kNoResidual, kGaussResidual));
-  p.all_active = activity == 1.0;
+  p.all_active = activity * 0x1p32 > 0xffffffffu;  // then every word is below
   p.log2_activity = static_cast<float>(std::log2(activity));
   const double limit = std::ceil(activity * 0x1p32);
   p.activity_limit = limit < 0x1p32 ? static_cast<uint32_t>(limit) : UINT32_MAX;

@@ -8,6 +8,7 @@ import os
 import pickle
 import subprocess
 import sys
+from math import inf
 
 import pytest
 import torch
@@ -304,7 +305,9 @@ def test_estimate_from_sums():
     sums = torch.stack([values, values**2], dim=-1).double()[:, None]  # four batches of one realisation
     mean, error = estimate_from_sums(sums, 4)
     assert mean.item() == 4.0 and error.item() == pytest.approx(values.std().item() / 2)
-    assert estimate_from_sums(sums[:1], 1).standard_error.item() == 0.0
+    assert estimate_from_sums(sums[:1], 1).standard_error.item() == inf  # not known
+    mean, error = estimate_from_sums(torch.tensor([[[inf, inf]], [[1e200, inf]]]).double(), 2)
+    assert mean.item() == inf and error.item() == inf
 
 
 # -------------------------------------------------------------------------------------------------------- random words

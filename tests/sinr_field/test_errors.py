@@ -75,6 +75,10 @@ BAD_NUMBERS = [
     ("min_distance", [-1.0, nan, inf], "at least 0 and finite"),
     ("r_inf", [-1.0, nan], "at least 0"),
     ("r_inf", [0.0], "above 0"),
+    ("r_inf", [1e-25], "at least 1e-22"),
+    ("height", [1e20], "at most 1.8e19"),
+    ("min_distance", [1e300], "at most 1.8e19"),
+    ("r_inf", [1e20], "at most 1.8e19"),
     ("mark_mean", [-1.0, nan, inf], "at least 0 and finite"),
     ("mark_second_moment", [-1.0, nan, inf], "at least 0 and finite"),
 ]

@@ -5,13 +5,14 @@ from __future__ import annotations
 
 import itertools
 import math
+from math import inf
 
 import numpy as np
 import pytest
 import torch
-from sinr_oracle import OPS, flat_near_field, geometry_network, power_network, sample
+from sinr_oracle import OPS, flat_near_field, geometry_network, log_normal, power_network, reference, sample
 
-from tokenweave_ops import PowerTable, SinrGrid
+from tokenweave_ops import GeometryTable, PowerTable, SinrGrid
 from tokenweave_ops.sinr_field import META_BINS
 
 # Sums at thresholds below 1 have no closed form; these are by numerical inversion of the Laplace transform
@@ -164,6 +165,45 @@ def test_geometry_agrees_with_the_power_domain(backend, name):
     assert ((geometry.coverage.mean - power.coverage.mean).abs() < 4 * error + bias + 1e-6).all()
     error = (geometry.rate.standard_error**2 + power.rate.standard_error**2).sqrt()
     assert ((geometry.rate.mean - power.rate.mean).abs() < 4 * error + bias).all()
+
+
+@pytest.mark.parametrize("residual", ["mean", "gauss"])
+@pytest.mark.parametrize("exponent", ["4", "20"])
+def test_a_residual_far_below_the_signal_is_not_lost(backend, exponent, residual):
+    """Hardly anyone else transmits: what is left beyond 256 stations may be 2^-200 of the signal, but not nothing."""
+    table = GeometryTable.single_slope(float(exponent))
+    options = {"num_realisations": 256, "num_points": 256, "activity": 1e-9, "residual": residual, "seed": 1}
+    found = sample(backend, "sample_geometry", table, SinrGrid.make([0.3, 10.0]), keep_samples=True, **options)
+    expected = reference.sample_geometry(table, SinrGrid.make([0.3, 10.0]), **options)
+    is_some = expected.log2_interference > -inf
+    assert is_some.float().mean() > (0.99 if residual == "mean" else 0.4)
+    error = (found.samples[..., 1].double().cpu() - expected.log2_interference)[is_some]
+    assert error.abs().max() < 1e-2  # the normal deviate may nearly cancel the mean
+    assert (found.samples[..., 1].cpu()[~is_some] == -inf).all()
+
+
+def test_a_residual_far_above_the_stations_is_not_cut(backend):
+    """Log-normal marks of sigma 12: the mean beyond 32 stations is 2^100 times any of them."""
+    table = GeometryTable.single_slope(
+        4.0, fading=log_normal(12.0), mark_mean=math.exp(72), mark_second_moment=math.exp(288)
+    )
+    options = {"num_realisations": 256, "num_points": 32, "residual": "mean", "seed": 1}
+    found = sample(backend, "sample_geometry", table, SinrGrid.make([1.0]), keep_samples=True, **options)
+    expected = reference.sample_geometry(table, SinrGrid.make([1.0]), **options)
+    assert expected.log2_interference.max() > 90
+    assert (found.samples[..., 1].double().cpu() - expected.log2_interference).abs().max() < 1e-3
+
+
+@pytest.mark.parametrize("density", [1e-14, 1e12])
+def test_geometry_knows_no_scale(backend, density):
+    """Without noise no density changes the SIR of a single slope, far beyond the densities that there are."""
+    for op, options in (("sample_geometry", {}), ("rayleigh_conditional", {})):
+        table = GeometryTable.single_slope(2.5)
+        one, other = (
+            sample(backend, op, table, SinrGrid.make([d], [1.0]), num_realisations=256, num_points=64, **options)
+            for d in (1.0, density)
+        )
+        assert (one.coverage.mean - other.coverage.mean).abs().max() < 1 / 256
 
 
 def test_geometry_in_a_disc_agrees_with_the_power_domain(backend):

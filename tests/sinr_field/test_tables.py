@@ -10,7 +10,7 @@ import pytest
 import torch
 from sinr_oracle import flat_near_field, geometry_network, power_network, reference
 
-from tokenweave_ops import GeometryTable, LogTable, PowerTable, SinrGrid, TwoSidedTable
+from tokenweave_ops import GeometryTable, LogTable, PowerTable, SinrGrid, TwoSidedTable, mark_table
 from tokenweave_ops._sinr_tables import MAX_DENSITIES, MAX_INTERVALS, MAX_THRESHOLDS, SMALLEST_LOG2, measure_range
 
 
@@ -65,6 +65,22 @@ def test_log_table_refuses_values(value):
 def test_log_table_refuses_ranges(low, high):
     with pytest.raises(ValueError, match="^the range must be 0 < low < high < 3e38, got "):
         LogTable.fit(np.log2, low, high)
+
+
+def test_log_table_refuses_what_fp32_cannot_hold():
+    with pytest.raises(ValueError, match="values that fp32 can hold"):
+        LogTable.fit(lambda x: 1e39 + 0 * x, 1.0, 2.0)
+    with pytest.raises(ValueError, match="must end at a normal fp32 number"):
+        LogTable.fit(np.log2, 1e-40, 1e-39)
+
+
+def test_marks_may_be_as_fine_as_the_op_takes():
+    """Two planes of 2,048 intervals; words next to the middle are looked up in the last one."""
+    table = mark_table(np.log2, log2_steps=6)
+    assert table.coefficients.shape == (2, 2048, 4)
+    y = torch.tensor([2.0**-33, 1e-3, 0.5 - 2.0**-24, 0.5])
+    for plane, e in enumerate((-torch.log1p(-y.double()), -y.double().log())):
+        assert (table.evaluate(y, plane) - e.log2()).abs().max() < 1e-6
 
 
 def test_log_table_refuses_sizes():

@@ -260,8 +260,8 @@ def rayleigh_conditional(
         near = torch.log1p(torch.exp2(scale[..., None] + others[:, None])).sum(dim=-1)
         # density * s F1^2 / (F1 + s F2): right to second order in s, and never above the exact exponent.
         log2_first = scale + log2_f1[:, None]
-        far = torch.exp2(log2_first) / (1.0 + torch.exp2(2.0 * (scale + log2_f2[:, None]) - log2_first))
-        far = torch.where(log2_first == -inf, 0.0, far)
+        ratio = 2.0 * (scale + log2_f2[:, None]) - log2_first
+        far = torch.where(log2_first == -inf, 0.0, torch.exp2(log2_first - torch.logaddexp2(torch.zeros(()), ratio)))
         total += torch.where(exists, torch.exp(-(torch.exp2(scale) * noise + near + far)), 0.0)
     return total.clamp(max=1.0)
 

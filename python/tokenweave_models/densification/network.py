@@ -6,6 +6,7 @@ Densities come in per km^2 and leave, like noise, in the unit of length of the p
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass, replace
 from functools import cached_property
 from math import inf, isfinite, nan
@@ -97,6 +98,13 @@ class Network:
         wrong = densities[~((densities > 0) & (densities < inf))]
         _check("densities_per_km2", wrong.size == 0, "positive and finite", wrong[:1])
         return densities / M2_PER_KM2 * self.path_loss.unit_m**2
+
+    def fingerprint(self) -> str:
+        """Of the values of path loss and fading: what is read from a file may change under the same description."""
+        loss = self.path_loss.log_loss(np.linspace(-20.0, 20.0, 401))
+        marks = self.fading.log_quantile(np.geomspace(1e-9, 20.0, 401))
+        values = np.clip(np.concatenate([loss, marks]), -1e9, 1e9)
+        return hashlib.sha256(" ".join(f"{value:.6f}" for value in values).encode()).hexdigest()[:16]
 
     def scaled_noise(self) -> float:
         """Relative to the power received at the unit of length, without height and fading."""

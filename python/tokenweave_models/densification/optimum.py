@@ -7,7 +7,7 @@ bracketed and refined like that of a function; leaving out groups of realisation
 from __future__ import annotations
 
 from dataclasses import dataclass
-from math import ceil, log
+from math import ceil, inf, log
 from typing import Any
 
 import numpy as np
@@ -183,6 +183,6 @@ def _why_not(curve: _Curve, network: Network, kind: str, low: float, high: float
         return words + f"With noise it must rise at lower densities (regime {regime.name}); widen the range."
     if kind == "falls" and curve.quantity != "coverage":
         return words + f"It must rise at lower densities, from 0 (regime {regime.name}); widen the range."
-    if curve.quantity == "coverage" and network.noise == 0:
+    if kind == "falls" and curve.quantity == "coverage" and network.noise == 0 and network.path_loss.r_inf == inf:
         words += "Without noise, more density never helps the coverage of these laws: interference grows with it. "
     return words + f"Regime {regime.name}: {regime.words}"

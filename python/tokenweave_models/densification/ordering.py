@@ -44,7 +44,8 @@ class Comparison:
 
     Attributes:
         theorem: why SINR_a >= SINR_b in every realisation, or "" where that is not known.
-        star_ordered: whether L1_a^-1 / L1_b^-1 never rises with the arrival, computed at each density, ``[D]``.
+        star_ordered: whether L1_a^-1 / L1_b^-1 never rises with the arrival, computed at each density, ``[D]``; False
+            where that decides nothing: with noise, with activities that differ, and for the nearest cell.
         violations: realisations where SINR_a < SINR_b by more than ``tolerance_db``, int64 ``[D]``.
         worst_db: the most by which it was, ``[D]``; 0 where it never was.
         coverage: the difference of coverages, a less b, ``[D, T]``, with its interval.
@@ -74,6 +75,8 @@ class Comparison:
             return f"a is better in every realisation, by its computed L1^-1 (no theorem is known here); {seen}"
         if count == 0:
             return f"a was better in every realisation; no theorem says that it must be; {seen}"
+        if count == total:
+            return f"b is better in every realisation; {seen}"
         return f"neither is better in every realisation; {seen}"
 
 
@@ -132,7 +135,8 @@ def compare(
         worst = np.maximum(worst, short_db.max(axis=1))
         progress(first + count)
     coverage, rate_nats = _differences(sums, samplers[0], rate)
-    ordered = np.array([star_ordered(a, b, density) for density in densities])
+    decides = all(one.association == "strongest" and one.noise == 0 for one in (a, b)) and a.activity == b.activity
+    ordered = np.array([decides and star_ordered(a, b, density) for density in densities])
     worst = np.where(worst > tolerance_db, worst, 0.0)
     return Comparison(
         proven_order(a, b), ordered, violations, worst, coverage, rate_nats, num_realisations, tolerance_db

@@ -35,7 +35,7 @@ Table = TypeVar("Table", LogTable, TwoSidedTable)
 _BELOW = np.array([1.0, 2.0, 4.0, 8.0, 16.0, 24.0])  # the weight r^2 falls by exp(-48)
 _NEXT_TO_TOTAL = 1e-9  # relative: closer to the total, powers are taken as constant
 _DEEPEST = -1e5  # of ln L1 where marks are light; below, L1 is 0
-_DISTANCES_SQUARED = 1e-12, 1e14  # in u^2, of the tables of the geometry
+_DISTANCES_SQUARED = 1e-20, 1e22  # in u^2, of the tables of the geometry
 
 
 class PowerMeasure:

@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass, field, fields
 from math import inf, isfinite, log, nan
 from pathlib import Path
 from typing import Any
+from zipfile import BadZipFile
 
 import numpy as np
 
@@ -205,7 +206,7 @@ class Result:
             with np.load(path, allow_pickle=False) as file:
                 arrays = {name: file[name] for name in (*_ARRAYS, "group_sums", "group_sizes")}
                 words = json.loads(str(file["words"]))
-        except (OSError, KeyError, ValueError, EOFError) as error:
+        except (OSError, KeyError, ValueError, EOFError, TypeError, BadZipFile) as error:
             raise ValueError(f"Result: {Path(path).name} is not a result in .npz form: {error}") from error
         groups = Groups(arrays.pop("group_sums"), arrays.pop("group_sizes"))
         return cls(**arrays, groups=groups, **words | {"regime": Regime(**words["regime"])})

@@ -12,13 +12,14 @@ from math import nan
 from pathlib import Path
 from time import perf_counter
 from typing import NamedTuple
+from zipfile import BadZipFile
 
 import numpy as np
 import torch
 import torch.distributed as dist
 
 from tokenweave_models.densification.accumulate import Accumulator
-from tokenweave_models.densification.samplers import Sampler, check_residual_share
+from tokenweave_models.densification.samplers import Sampler, check_bias, check_residual_share
 from tokenweave_ops.sinr_field import BATCH, MAX_REALISATIONS
 
 FIRST_ROUND = 2 * BATCH  # realisations before errors are looked at for the first time; then twice as many, and so on
@@ -175,6 +176,7 @@ class Run:
     def _check_shares(self) -> None:
         if self.sampler.num_moments:
             check_residual_share(self.sampler, self.accumulator.estimate()[0][:, 2], self.densities)
+            check_bias(self.sampler, self.accumulator.mean_square()[:, 2], self.densities)
 
     def _report(self, planned: int) -> None:
         self._progress(Progress(self.accumulator.num_realisations, planned, self._largest_se))
@@ -210,7 +212,7 @@ class Run:
             with np.load(path, allow_pickle=False) as file:
                 state = dict(file)
                 identity = str(state.pop("identity"))
-        except (OSError, KeyError, ValueError, EOFError) as error:
+        except (OSError, KeyError, ValueError, EOFError, TypeError, BadZipFile) as error:
             return f"sweep: checkpoint {path.name} cannot be read: {error}"
         if identity != self._identity:
             ours, theirs = json.loads(self._identity), json.loads(identity)

@@ -24,6 +24,7 @@ from tokenweave_ops.sinr_field import HISTOGRAM_BINS, META_BINS, MOMENTS, RESIDU
 METHODS = ("auto", "power", "geometry", "conditional", "exact")
 POINTS = {"geometry": 256, "conditional": 64}
 MOST_RESIDUAL_SHARE = 0.01  # of the interference in kernel G, the far field's standard deviation
+MOST_BIAS = 0.01  # of a coverage in kernel P, by its bound
 
 
 @dataclass(frozen=True)
@@ -200,4 +201,21 @@ def check_residual_share(sampler: Sampler, shares: np.ndarray, densities_per_km2
         raise ValueError(
             "sweep: num_points must leave a far field whose standard deviation is at most 1 % of the interference, got "
             f"{shares[worst]:.1%} with {points} at {densities_per_km2[worst]:g}/km2; take more points or method power"
+        )
+
+
+def check_bias(sampler: Sampler, mean_square_shares: np.ndarray, densities_per_km2: np.ndarray) -> None:
+    """Refuses a power domain whose normal residual matters, as where few of its terms are active.
+
+    Raises:
+        ValueError: the bound on the bias of a coverage is above 1 %.
+    """
+    bounds = sampler.bias_bound(mean_square_shares)
+    worst = int(np.nanargmax(bounds)) if not np.isnan(bounds).all() else 0
+    if sampler.method == "power" and bounds[worst] > MOST_BIAS:
+        terms, activity = sampler.settings["num_terms"], sampler.settings["activity"]
+        raise ValueError(
+            "sweep: num_terms must leave so little that a coverage is off by at most 1 %, got a bound of "
+            f"{min(bounds[worst], 1.0):.0%} with {terms} terms and activity {activity:g} at "
+            f"{densities_per_km2[worst]:g}/km2; take up to 64 terms, or method geometry"
         )

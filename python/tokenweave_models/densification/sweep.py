@@ -102,6 +102,7 @@ def sweep(
         "method": method,
         "settings": sampler.settings,
         "network": network.describe(),
+        "laws": network.fingerprint(),
         "densities_per_km2": densities.tolist(),
         "thresholds_db": thresholds_db.tolist(),
     }

@@ -165,6 +165,12 @@ def parse_power_dbm(text: str, field: str = "--transmit-power") -> float:
     return float(10 * np.log10(watts) + 30)
 
 
+def _linear(field: str, text: str, db: float) -> float:
+    if not -3000 <= db <= 3000:
+        raise _refusal(field, NOISE_FORM, text, f"{db:g} dB is beyond what numbers hold, -3000 to 3000")
+    return 10 ** (db / 10)
+
+
 def parse_noise(text: str, transmit_power_dbm: float | None = None, field: str = "--noise") -> float:
     """Noise relative to the transmit power, linear. In dBm it needs the transmit power, which else has no use."""
     word = _compact(text)
@@ -173,9 +179,9 @@ def parse_noise(text: str, transmit_power_dbm: float | None = None, field: str =
     if word.endswith("dBm"):
         if transmit_power_dbm is None:
             raise _refusal(field, NOISE_FORM, text, "in dBm it needs the transmit power")
-        return 10 ** ((_with_unit(field, NOISE_FORM, text, {"dBm": 1.0}) - transmit_power_dbm) / 10)
+        return _linear(field, text, _with_unit(field, NOISE_FORM, text, {"dBm": 1.0}) - transmit_power_dbm)
     if word.endswith("dB"):
-        return 10 ** (_with_unit(field, NOISE_FORM, text, {"dB": 1.0}) / 10)
+        return _linear(field, text, _with_unit(field, NOISE_FORM, text, {"dB": 1.0}))
     noise = _with_unit(field, NOISE_FORM, text, {"x": 1.0})
     if noise < 0:
         raise _refusal(field, NOISE_FORM, text, "noise is not negative")

@@ -81,7 +81,20 @@ def test_noise_counts():
     quiet, noisy = (Network(DISC, Rayleigh(), noise=noise) for noise in (0.0, 1e-5))
     found = compare(quiet, noisy, [1e3], [0.0], **OPTIONS)
     assert found.theorem == "" and found.violations.sum() == 0 and found.coverage.low[0, 0] > 0
-    assert compare(noisy, quiet, [1e3], [0.0], **OPTIONS).violations[0] > BATCH
+    other = compare(noisy, quiet, [1e3], [0.0], **OPTIONS)
+    assert other.violations[0] > BATCH and not other.star_ordered.any()
+    assert "a is better" not in other.words and "L1^-1" not in found.words
+
+
+@pytest.mark.parametrize("change", [{"noise": 1e-3}, {"activity": 0.5}])
+def test_a_worse_network_is_never_declared_better(change):
+    slopes = MultiSlope([1, 4], [10.0])
+    few = {"a": {"noise": 1e-9} | change, "b": {"noise": 1e-9}}
+    if "activity" in change:
+        few["a"], few["b"] = few["b"], few["a"]
+    found = compare(*(Network(slopes, Rayleigh(), **one) for one in few.values()), [10.0], [0.0], **OPTIONS)
+    assert found.violations[0] > 0.99 * found.num_realisations and "a is better" not in found.words
+    assert not found.star_ordered.any()
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ from tokenweave_models.densification import run as run_module
 from tokenweave_models.densification.exact import saturation
 from tokenweave_models.densification.fading import Gamma, LogPareto, Pareto, Rayleigh
 from tokenweave_models.densification.network import Network
-from tokenweave_models.densification.path_loss import MultiSlope
+from tokenweave_models.densification.path_loss import MultiSlope, PathLossTable
 from tokenweave_models.densification.samplers import Settings, choose_method
 from tokenweave_models.densification.sweep import sweep
 
@@ -199,9 +199,33 @@ def test_a_checkpoint_of_another_sweep_is_refused(work, tmp_path):
         work.small_sweep(checkpoint=path, seed=4, settings=Settings(num_terms=32))
     with pytest.raises(ValueError, match="num_realisations must be at least the 32768 that the checkpoint holds"):
         work.small_sweep(checkpoint=path, num_realisations=BATCH)
+    whole = path.read_bytes()
     path.write_bytes(b"nothing of the kind")
     with pytest.raises(ValueError, match="checkpoint state.npz cannot be read"):
         work.small_sweep(checkpoint=path)
+    path.write_bytes(whole[:700])
+    with pytest.raises(ValueError, match="checkpoint state.npz cannot be read"):
+        work.small_sweep(checkpoint=path)
+    with path.open("wb") as file:
+        np.save(file, np.zeros(3))
+    with pytest.raises(ValueError, match="checkpoint state.npz cannot be read"):
+        work.small_sweep(checkpoint=path)
+
+
+def test_a_checkpoint_knows_its_laws_by_their_values(tmp_path):
+    """Two tables of the same name."""
+    path, tables = tmp_path / "state.npz", ([1e2, 1e6], [1e4, 1e9])
+    networks = [Network(PathLossTable([1, 10, 100], [1.0, *table]), Rayleigh()) for table in tables]
+    assert networks[0].describe() == networks[1].describe()
+    sweep(networks[0], [1.0], [0.0], num_realisations=BATCH, checkpoint=path)
+    with pytest.raises(ValueError, match="must be of the same sweep, got state.npz of another laws"):
+        sweep(networks[1], [1.0], [0.0], num_realisations=BATCH, checkpoint=path)
+
+
+def test_a_power_domain_with_too_few_active_terms_is_refused():
+    network = Network(MultiSlope([4.0]), Rayleigh(), activity=0.01)
+    with pytest.raises(ValueError, match=r"at most 1 %, got a bound of 100% with 16 terms and activity 0.01 at 1/km2"):
+        sweep(network, [1.0], [20.0], num_realisations=BATCH)
 
 
 def test_two_ranks_find_the_bits_of_one(work, tmp_path):

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from functools import cached_property
-from math import inf, isfinite
+from math import inf, isfinite, log
 
 import numpy as np
 
 from tokenweave_models.densification.log_domain import LogCurve, log_integral
 
 SMALLEST_E = 1e-40  # of a quantile: no integral and no sample feels what is below
-_LARGEST_E = 1e6  # beyond, ln e of a light tail goes on as a straight line
 _LEAST_E = 1e-120  # that a quantile is told from another; products of marks feel their factors so far
 _LOW_EDGES = np.exp(np.arange(-37.0, 0.1, 1.25))  # of e below 1
 _STEEPEST = 1e300  # ln of marks beyond is not told from infinity
@@ -115,8 +114,10 @@ class Fading:
 class LookedUp(Fading):
     """A law whose survival function is costly: computed once as a curve, ln of the hazard e over ln m, and looked up.
 
-    A subclass defines :meth:`_log_hazard_exact`.
+    A subclass defines :meth:`_log_hazard_exact`. Beyond ``largest_e`` ln e of a light tail goes on as a straight line.
     """
+
+    largest_e = 1e6
 
     def _log_hazard_exact(self, log_m: np.ndarray) -> np.ndarray:
         """ln of -ln P(mark > exp(log_m)), float64 ``[n]``."""
@@ -124,16 +125,26 @@ class LookedUp(Fading):
 
     @cached_property
     def _log_hazard(self) -> LogCurve:
-        return LogCurve(
-            self._log_hazard_exact, kinks=self.log_kinks, low=self.log_min, high=self.log_max, tolerance=1e-10
-        )
+        low, high = self._looked_up
+        return LogCurve(self._log_hazard_exact, kinks=self.log_kinks, low=low, high=high, tolerance=1e-10)
 
     @cached_property
     def _looked_up(self) -> tuple[float, float]:
         """ln m below which P(mark > m) counts as 1, and above which the curve of a light tail is not followed."""
-        ends = [SMALLEST_E, _LARGEST_E] if self.tail_index == inf else [SMALLEST_E]
-        found = self._log_hazard.inverse(np.log(ends), 1)
-        return float(found[0]), float(found[1]) if self.tail_index == inf else inf
+        return self._place_of(log(SMALLEST_E)), self._place_of(log(self.largest_e)) if self.tail_index == inf else inf
+
+    def _place_of(self, log_e: float) -> float:
+        """ln m of a hazard, from the law itself, which need not be finite far beyond."""
+        middle = float(np.clip(0.0, self.log_min, self.log_max))
+        ends = np.clip(middle + np.array([-800.0, 800.0]), self.log_min, self.log_max)
+        for _ in range(12):
+            places = np.linspace(*ends, 18)[1:-1]
+            with np.errstate(all="ignore"):
+                found = self._log_hazard_exact(places)
+            is_below = np.where(np.isfinite(found), found < log_e, places < middle)
+            first = int(np.argmin(is_below)) if not is_below.all() else len(places)
+            ends = np.array([ends[0], *places, ends[1]])[[first, first + 1]]
+        return float(ends[1] if log_e < 0 else ends[0])
 
     def log_survival(self, log_m):
         log_m = np.asarray(log_m, dtype=np.float64)

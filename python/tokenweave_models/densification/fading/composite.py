@@ -22,6 +22,8 @@ class Product(LookedUp):
     (Breiman's lemma), else not known.
     """
 
+    largest_e = 2e3
+
     def __init__(self, first: Fading, second: Fading) -> None:
         self.factors = first, second
         # The heavier one is asked for its survival and the lighter for its quantiles, which stay near e = 1.

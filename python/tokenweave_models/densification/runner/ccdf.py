@@ -67,9 +67,10 @@ def run(arguments: argparse.Namespace) -> None:
 
 
 def limit_of(result: Result, thresholds_db: np.ndarray) -> np.ndarray | None:
-    """The law that a dense network of strongest cells tends to, where there is one."""
+    """The law that a dense network of strongest cells, all active, tends to, where there is one."""
     regime = result.regime
-    if regime.name != "saturation" or result.provenance["network"]["association"] != "strongest":
+    network = result.provenance["network"]
+    if regime.name != "saturation" or network["association"] != "strongest" or network["activity"] != 1:
         return None
     return saturation.coverage(regime.rho, 10 ** (thresholds_db / 10))
 

@@ -59,7 +59,7 @@ def asymptotes_of(network: Network, densities_per_km2: np.ndarray, threshold: fl
     if network.association == "nearest":
         return _nearest_asymptotes(network, densities, threshold)
     found = {}
-    if regime.name == "saturation":
+    if regime.name == "saturation" and network.activity == 1:
         found["P(SINR > {} dB)"] = np.full(len(densities), float(saturation.coverage(regime.rho, threshold)))
         found["rate, nats/s/Hz"] = np.full(len(densities), saturation.rate(regime.rho))
     elif regime.name == "deficit" and network.activity == 1:

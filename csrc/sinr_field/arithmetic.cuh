@@ -1,8 +1,7 @@
 // The functions of one real number that the samplers are made of, on lanes of type V (lanes.cuh): the same sequence of
 // correctly rounded operations for every V, hence the same bits on every device that multiplies and adds as one. Every
-// product that is added is a multiply_add, unless it is exact; a plain a * b + c would be contracted by one compiler and
-// not by another.
-// Polynomials: logarithm and 2^f are those of Cephes (Moshier), the sine is Taylor's.
+// product that is added is a multiply_add, unless it is exact; a plain a * b + c would be contracted by one compiler
+// and not by another. Polynomials: logarithm and 2^f are those of Cephes (Moshier), the sine is Taylor's.
 #pragma once
 
 #include "sinr_field/lanes.cuh"

@@ -69,9 +69,8 @@ struct PowerDomain {
   TW_MEMBER void add_residual(const V& arrival, const V& reference, const V& sum, const V& deviate, int d) {
     const V g = arrival * scales[2 * d];
     const float log2_density = scales[2 * d + 1] + p.log2_activity;
-    const Interference<V> found =
-        with_residual<V>(p, sum, reference, g < p.cut, tables.rest_mean(g) + log2_density,
-                         tables.rest_deviation(g) + 0.5f * log2_density, deviate);
+    const Interference<V> found = with_residual<V>(p, sum, reference, g < p.cut, tables.rest_mean(g) + log2_density,
+                                                   tables.rest_deviation(g) + 0.5f * log2_density, deviate);
     received.interference[d] = found.log2_power;
     received.residual_share[d] = found.residual_share;
   }

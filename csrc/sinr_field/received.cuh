@@ -43,8 +43,8 @@ TW_DEVICE V log2_of_sum(const V& sum, const V& reference) {
   return sum > 0x1p-126f ? reference + log2_of(at_least(sum, constant<V>(0x1p-126f))) : constant<V>(kNothing);
 }
 
-// The residual is `mean + deviation * normal`, never below 0. `sum` is relative to a power of log2 `reference`, kNothing
-// if there is none; the total to that or to the residual's mean, whichever is more, so that neither is lost.
+// The residual is `mean + deviation * normal`, never below 0. `sum` is relative to a power of log2 `reference`,
+// kNothing if there is none; the total to that or to the residual's mean, whichever is more, so that neither is lost.
 template <class V, class Mask>
 TW_DEVICE Interference<V> with_residual(const SamplerParams& p, const V& sum, const V& reference, const Mask& exists,
                                         const V& log2_mean, const V& log2_deviation, const V& deviate) {

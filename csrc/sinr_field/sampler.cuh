@@ -2,8 +2,8 @@
 // Mapping: a warp takes a cell, a lane one realisation of each of its 8 rows; the block's warps take neighbouring
 // cells, and a block keeps its tables in shared memory for all cells it strides over. What coverage is computed from
 // waits in shared memory, each word read by the lane that wrote it, so a cell needs no barrier. Bytes: 16 for each sum
-// of a cell, a sixteenth of a byte for each sum and realisation. Limit: issue of arithmetic; instructions counted and what they lead
-// to expect: docs/performance.md.
+// of a cell, a sixteenth of a byte for each sum and realisation. Limit: issue of arithmetic; instructions counted and
+// what they lead to expect: docs/performance.md.
 #pragma once
 
 #include "core/reduce.cuh"

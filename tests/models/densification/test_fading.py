@@ -245,7 +245,7 @@ REFUSED = [
     (lambda: LogPareto(-2), "LogPareto: g must be positive and finite, got -2"),
     (lambda: LogNormal(-1), "LogNormal: db must be 0 or more and finite, got -1"),
     (lambda: Suzuki(0), "Suzuki: db must be positive and finite, got 0"),
-    (lambda: Rice(50), "Rice: k_db must be finite and at most 40 dB, got 50"),
+    (lambda: Rice(50), "Rice: k_db must be from -300 to 40 dB, got 50"),
     (lambda: FadingTable([1, 2], [0.9, 0.5]), "survival must begin with 1.*not normalised"),
     (lambda: FadingTable([1, 2], [1, 1]), "survival must be 2 positive, strictly decreasing numbers"),
     (lambda: FadingTable([1, 2], [1, 0]), "survival must be 2 positive, strictly decreasing numbers"),

@@ -66,6 +66,9 @@ def sweep_without(name: str, **more) -> dict:
         ({"--noise": "-92dBm", "--transmit-power": "30"}, ["--transmit-power", "unit is missing"]),
         ({"--target-se": "1e-3"}, ["--n and --target-se exclude each other"]),
         ({"--relative": None}, ["--relative", "no use without --target-se"]),
+        ({"--checkpoint": "a.npz", "--out": "a.npz"}, ["--checkpoint must be another file than --out"]),
+        ({"--noise": "4000dB"}, ["--noise", "beyond what numbers hold"]),
+        ({"--activity": "0.01"}, ["num_terms", "activity 0.01"]),
         ({"--most": "1e6"}, ["--most", "no use without --target-se"]),
         ({"--association": "nearest", "--method": "power"}, ["method must be geometry", "distances"]),
         ({"--method": "geometry", "--fading": "pareto:0.9", "--path-loss": DISC}, ["finite mean", "method power"]),
@@ -229,6 +232,8 @@ def test_scipy_missing_is_said_with_its_cure(capsys, monkeypatch):
 
 def test_other_commands_refuse_too(capsys, tmp_path):
     assert "--only must be a word of one of: saturation" in refused(capsys, "verify", {"--only": "weather"})
+    assert "--n must be at least 10000" in refused(capsys, "verify", {"--n": "10"})
     assert "--exponent must be above 2" in refused(capsys, "bench", {"--exponent": "2"})
+    assert "--far-exponent must be above 2 and finite, got nan" in refused(capsys, "phase", {"--far-exponent": "nan"})
     (tmp_path / "file").touch()
     assert "cannot be made" in refused(capsys, "reproduce", {"--folder": str(tmp_path / "file"), "--figures": "F2"})

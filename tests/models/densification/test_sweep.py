@@ -3,13 +3,15 @@
 from math import inf, pi
 from pathlib import Path
 
+import hypothesis.strategies as st
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
 from tokenweave_models.common.ranks import run_ranks
 from tokenweave_models.densification import run as run_module
 from tokenweave_models.densification.exact import saturation
-from tokenweave_models.densification.fading import Gamma, LogPareto, Pareto, Rayleigh
+from tokenweave_models.densification.fading import Gamma, LogNormal, LogPareto, Pareto, Rayleigh
 from tokenweave_models.densification.network import Network
 from tokenweave_models.densification.path_loss import MultiSlope, PathLossTable
 from tokenweave_models.densification.samplers import Settings, choose_method
@@ -190,6 +192,32 @@ def test_an_interrupted_run_goes_on_as_if_it_had_not_been(work, tmp_path, amount
     # What is there can also be extended, past the short batch at its end.
     longer = work.small_sweep(checkpoint=path, num_realisations=40 * BATCH)
     assert work.bits_of(longer) == work.bits_of(work.small_sweep(num_realisations=40 * BATCH))
+
+
+# Draws of hypothesis: one batch, the same random numbers on both sides.
+near, far = st.floats(0.0, 3.0), st.floats(3.2, 5.0)
+
+
+@settings(max_examples=6, deadline=None)
+@given(near=near, far=far, scale=st.floats(0.01, 100.0), density=st.floats(0.1, 1e4))
+def test_density_counts_per_square_of_the_breakpoint(near, far, scale, density):
+    """Samples, without noise: lengths times s and densities over s^2 change nothing."""
+    one, other = (Network(MultiSlope([near, far], [10.0 * s]), Rayleigh()) for s in (1.0, scale))
+    first = sweep(one, [density], [-5, 5], num_realisations=BATCH)
+    second = sweep(other, [density / scale**2], [-5, 5], num_realisations=BATCH)
+    np.testing.assert_allclose(first.coverage, second.coverage, rtol=1e-4, atol=1e-6)
+    np.testing.assert_allclose(first.rate_nats, second.rate_nats, rtol=1e-4)
+
+
+@settings(max_examples=6, deadline=None)
+@given(exponent=far, shape=st.floats(0.3, 8.0), sigma_db=st.floats(1.0, 10.0))
+def test_no_fading_changes_the_sir_of_one_slope(exponent, shape, sigma_db):
+    """Propagation invariance of samples: every fading is a factor of the density, which changes nothing."""
+    laws = (Rayleigh(), Gamma(shape), LogNormal(sigma_db))
+    swept = [sweep(Network(MultiSlope([exponent]), law), [7.0], [-5, 5], num_realisations=BATCH) for law in laws]
+    for other in swept[1:]:
+        np.testing.assert_allclose(other.coverage, swept[0].coverage, rtol=1e-4, atol=1e-6)
+        np.testing.assert_allclose(other.rate_nats, swept[0].rate_nats, rtol=1e-4)
 
 
 def test_a_checkpoint_of_another_sweep_is_refused(work, tmp_path):

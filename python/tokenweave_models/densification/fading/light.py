@@ -90,12 +90,12 @@ class Rice(LookedUp):
     """Power under Rice fading: a constant path, of ``k_db`` dB relative to the scattered ones; mean 1.
 
     Raises:
-        ValueError: k_db is not a number of at most 40 dB.
+        ValueError: k_db is not a number from -300 to 40 dB.
     """
 
     def __init__(self, k_db: float) -> None:
-        if not -inf < k_db <= 40:
-            raise ValueError(f"Rice: k_db must be finite and at most 40 dB, got {k_db}")
+        if not -300 <= k_db <= 40:
+            raise ValueError(f"Rice: k_db must be from -300 to 40 dB, got {k_db}")
         self.k_db, self._k = float(k_db), 10 ** (k_db / 10)
 
     def _log_hazard_exact(self, log_m):

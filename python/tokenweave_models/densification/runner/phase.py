@@ -36,6 +36,8 @@ class Cell:
 def run(arguments: argparse.Namespace) -> None:
     check_output(arguments.json)
     options.check_plot(arguments.plot)
+    if not 2 < arguments.far_exponent < inf:
+        raise UserError(f"--far-exponent must be above 2 and finite, got {arguments.far_exponent:g}")
     near = numbers_of("--near-exponents", arguments.near_exponents, least=0.0, most=arguments.far_exponent)
     tails = numbers_of("--tail-indices", arguments.tail_indices, least=1e-3, most=inf)
     densities = units.parse_densities(arguments.densities)

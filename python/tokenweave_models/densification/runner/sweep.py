@@ -34,6 +34,8 @@ def check_arguments(arguments: argparse.Namespace) -> None:
     if arguments.checkpoint is not None:
         if arguments.checkpoint.suffix != ".npz":
             raise UserError(f"--checkpoint must end in .npz, got {arguments.checkpoint}")
+        if arguments.checkpoint.resolve() in [path.resolve() for path in arguments.out]:
+            raise UserError(f"--checkpoint must be another file than --out, got {arguments.checkpoint} for both")
         check_output(arguments.checkpoint)
     options.check_results(arguments.out, arguments.plot)
 

@@ -20,6 +20,7 @@ from tokenweave_models.densification.runner.laws import LAWS
 from tokenweave_models.densification.runner.reporting import escaped, with_error, write_report
 
 MOST_Z = 4.0
+LEAST = 10_000  # realisations
 
 
 class Failed(UserError):
@@ -32,6 +33,8 @@ def run(arguments: argparse.Namespace) -> None:
     if not laws:
         raise UserError(f"--only must be a word of one of: {'; '.join(LAWS)}; got {arguments.only!r}")
     sampling = Sampling(arguments.n, arguments.seed, options.device_of(arguments.device))
+    if arguments.n < LEAST:
+        raise UserError(f"--n must be at least {LEAST}, or z would not mean what it says; got {arguments.n}")
     checks: list[Check] = []
     with options.refused_in_words(), progress() as bar:
         task = bar.add_task("laws", total=len(laws))

@@ -23,6 +23,7 @@ from tokenweave_models.densification.log_domain import log_integral
 
 _LEFT = np.array([1.0, 2.0, 4.0, 8.0, 16.0, 24.0])  # the weight r^2 falls by exp(-48)
 _RIGHT = 2.0 ** -np.arange(19)  # of a breakpoint, beyond which a light tail may fall at once
+_FLATTEST = 1e-4  # near exponent but 0: the marks of stations seen from r = 0 reach to e = 6 / exponent
 _OUTWARD = np.concatenate([[0.0], 2.0 ** np.arange(-12.0, 41.0)])
 
 
@@ -30,6 +31,10 @@ def check(owner: str, name: str, is_good: bool, words: str, value: object) -> No
     """Raises ValueError ``owner: name must be words, got value``."""
     if not is_good:
         raise ValueError(f"{owner}: {name} must be {words}, got {value}")
+
+
+def _check_near(owner: str, name: str, exponent: float) -> None:
+    check(owner, name, exponent == 0 or exponent >= _FLATTEST, f"0, or {_FLATTEST:g} or more", exponent)
 
 
 class PathLoss:
@@ -168,7 +173,7 @@ class PathLoss:
 
 class MultiSlope(PathLoss):
     """l(r) = A_k r^beta_k between breakpoints, continuous; ``exponents`` 0 <= beta_0 < beta_1 < ..., one more of them
-    than ``breakpoints_m`` (ascending, in metres).
+    than ``breakpoints_m`` (ascending, in metres); beta_0 is 0, or 1e-4 or more.
 
     Raises:
         ValueError: an exponent, a breakpoint or a length is outside its range.
@@ -187,6 +192,7 @@ class MultiSlope(PathLoss):
         check(owner, "exponents", all(0 <= b < inf for b in exponents), "0 or more and finite", exponents)
         is_rising = all(low < high for low, high in pairwise(exponents))
         check(owner, "exponents", is_rising, "strictly increasing", exponents)
+        _check_near(owner, "the first exponent", exponents[0])
         words = f"one fewer than the {len(exponents)} exponents"
         check(owner, "breakpoints_m", len(breaks) == len(exponents) - 1, words, breaks)
         is_rising = all(low < high for low, high in pairwise([0.0, *breaks, inf]))
@@ -272,9 +278,9 @@ class PathLossFunction(PathLoss):
 
     Args:
         log_loss_m: the function.
-        near_exponent, far_exponent: of r -> 0 and r -> inf; inf far where the law outgrows every power.
+        near_exponent, far_exponent: of r -> 0 (0, or 1e-4 or more) and r -> inf; inf far where the law outgrows every
+            power.
         breakpoints_m: distances where the law has a kink.
-        gain_at_1m: what noise refers to; see ``gain_at_unit``.
 
     Raises:
         ValueError: the function falls or is not finite, an exponent or a length is outside its range.
@@ -295,6 +301,7 @@ class PathLossFunction(PathLoss):
     ) -> None:
         owner, breaks = "PathLossFunction", [float(r) for r in breakpoints_m]
         check(owner, "near_exponent", 0 <= near_exponent < inf, "0 or more and finite", near_exponent)
+        _check_near(owner, "near_exponent", near_exponent)
         check(owner, "far_exponent", far_exponent >= 0, "0 or more", far_exponent)
         check(owner, "unit_m", 0 < unit_m < inf, "positive and finite", unit_m)
         is_rising = all(low < high for low, high in pairwise([0.0, *breaks, inf]))

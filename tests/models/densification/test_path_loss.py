@@ -138,6 +138,7 @@ def test_words_name_the_law():
 REFUSED = [
     (lambda: MultiSlope([]), "MultiSlope: exponents must be at least one number, got"),
     (lambda: MultiSlope([-1, 4], [10]), "exponents must be 0 or more and finite, got"),
+    (lambda: MultiSlope([1e-5, 4], [10]), "MultiSlope: the first exponent must be 0, or 0.0001 or more, got 1e-05"),
     (lambda: MultiSlope([4, 4], [10]), "exponents must be strictly increasing, got"),
     (lambda: MultiSlope([0, 4], []), "breakpoints_m must be one fewer than the 2 exponents, got"),
     (lambda: MultiSlope([0, 2, 4], [10, 5]), "breakpoints_m must be positive, finite and strictly increasing, got"),
@@ -151,6 +152,7 @@ REFUSED = [
     (lambda: StretchedExponential(1, inf), "b must be positive and finite, got inf"),
     (lambda: PathLossFunction(lambda t: -t, 0, 4), "log_loss_m must be nowhere falling, got one that falls"),
     (lambda: PathLossFunction(lambda t: t * np.nan, 0, 4), "log_loss_m must be finite, got nan"),
+    (lambda: PathLossFunction(lambda t: t, 1e-5, 4), "near_exponent must be 0, or 0.0001 or more, got 1e-05"),
     (lambda: PathLossFunction(lambda t: t, -1, 4), "near_exponent must be 0 or more and finite, got -1"),
     (lambda: PathLossFunction(lambda t: t, 1, 1), "far_exponent must be above 2 on the infinite plane"),
     (lambda: PathLossTable([1], [1]), "r_m must be at least 2 distances, got"),

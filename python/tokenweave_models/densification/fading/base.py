@@ -117,6 +117,7 @@ class LookedUp(Fading):
     A subclass defines :meth:`_log_hazard_exact`. Beyond ``largest_e`` ln e of a light tail goes on as a straight line.
     """
 
+    smallest_e = SMALLEST_E  # below, P(mark > m) counts as 1
     largest_e = 1e6
 
     def _log_hazard_exact(self, log_m: np.ndarray) -> np.ndarray:
@@ -131,7 +132,8 @@ class LookedUp(Fading):
     @cached_property
     def _looked_up(self) -> tuple[float, float]:
         """ln m below which P(mark > m) counts as 1, and above which the curve of a light tail is not followed."""
-        return self._place_of(log(SMALLEST_E)), self._place_of(log(self.largest_e)) if self.tail_index == inf else inf
+        highest = self._place_of(log(self.largest_e)) if self.tail_index == inf else inf
+        return self._place_of(log(self.smallest_e)), highest
 
     def _place_of(self, log_e: float) -> float:
         """ln m of a hazard, from the law itself, which need not be finite far beyond."""

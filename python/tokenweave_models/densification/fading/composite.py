@@ -7,7 +7,7 @@ from math import hypot, inf
 
 import numpy as np
 
-from tokenweave_models.densification.fading.base import Fading, LookedUp
+from tokenweave_models.densification.fading.base import SMALLEST_E, Fading, LookedUp
 from tokenweave_models.densification.fading.light import LogNormal, NoFading, Rayleigh, db_of
 from tokenweave_models.densification.log_domain import log_integral
 
@@ -26,6 +26,8 @@ class Product(LookedUp):
 
     def __init__(self, first: Fading, second: Fading) -> None:
         self.factors = first, second
+        # Away from where a factor was cut off, which is a kink here.
+        self.smallest_e = 1e4 * max(getattr(law, "smallest_e", SMALLEST_E / 1e4) for law in self.factors)
         # The heavier one is asked for its survival and the lighter for its quantiles, which stay near e = 1.
         self._heavy, self._light = sorted(
             self.factors, key=lambda law: (law.tail_index, -float(law.log_quantile(np.array([1e3]))[0]))
@@ -41,7 +43,7 @@ class Product(LookedUp):
     def _edges(self) -> tuple[np.ndarray, np.ndarray]:
         roots = np.arange(1.0, np.sqrt(_MOST) + 1) ** 2
         kinks = -self._light.log_survival(np.array(self._light.log_kinks, dtype=np.float64))
-        own = [[0.0], np.exp(np.arange(-37.0, 0.0)), roots, _MOST * 2.0 ** np.arange(1, 20), kinks[kinks < inf]]
+        own = [[0.0], np.exp(np.arange(-97.0, 0.0, 2.0)), roots, _MOST * 2.0 ** np.arange(1, 20), kinks[kinks < inf]]
         own = np.concatenate(own)
         return own, self._heavy.log_edges(_MOST)
 

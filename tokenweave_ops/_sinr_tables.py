@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from math import inf, log2, pi
+from typing import ClassVar
 
 import numpy as np
 import torch
@@ -303,6 +304,9 @@ class GeometryTable:
 class SinrGrid:
     """The densities and thresholds of a sweep, checked once and ready on a device. Build it with :meth:`make`."""
 
+    LARGEST_DENSITY: ClassVar[float] = 1e25  # and the smallest is its inverse
+    LARGEST_THRESHOLD: ClassVar[float] = 1e18
+
     densities: tuple[float, ...]  # per u^2
     thresholds: tuple[float, ...]  # linear SINR, not dB
     scales: Tensor  # fp32 [densities, 2]: 1 / density, log2(density)
@@ -314,8 +318,8 @@ class SinrGrid:
     ) -> SinrGrid:
         """Densities from 1e-25 to 1e25, thresholds from 1e-18 to 1e18, at most 1,024 of each; else ValueError."""
         for name, values, most, limit in (
-            ("densities", densities, MAX_DENSITIES, 1e25),
-            ("thresholds", thresholds, MAX_THRESHOLDS, 1e18),
+            ("densities", densities, MAX_DENSITIES, cls.LARGEST_DENSITY),
+            ("thresholds", thresholds, MAX_THRESHOLDS, cls.LARGEST_THRESHOLD),
         ):
             if len(values) > most:
                 raise ValueError(f"SinrGrid: {name} must be at most {most} numbers, got {len(values)}")

@@ -17,7 +17,7 @@ from tokenweave_models.densification.fading import Fading
 from tokenweave_models.densification.path_loss import PathLoss
 from tokenweave_models.densification.power_measure import PowerMeasure, geometry_table
 from tokenweave_models.densification.regime import Regime, classify
-from tokenweave_ops import GeometryTable, PowerTable
+from tokenweave_ops import GeometryTable, PowerTable, SinrGrid
 
 ASSOCIATIONS = ("strongest", "nearest")
 M2_PER_KM2 = 1e6
@@ -92,12 +92,18 @@ class Network:
         """Per square of the path loss's unit of length.
 
         Raises:
-            ValueError: a density is not positive and finite.
+            ValueError: a density is not positive, or beyond 1e-25 to 1e25 per square of that unit.
         """
         densities = np.asarray(densities_per_km2, dtype=np.float64)
         wrong = densities[~((densities > 0) & (densities < inf))]
         _check("densities_per_km2", wrong.size == 0, "positive and finite", wrong[:1])
-        return densities / M2_PER_KM2 * self.path_loss.unit_m**2
+        scaled = densities / M2_PER_KM2 * self.path_loss.unit_m**2
+        most = SinrGrid.LARGEST_DENSITY
+        wrong = densities[~((scaled >= 1 / most) & (scaled <= most))]
+        unit = f"such that a square of {self.path_loss.unit_m:g} m, the path loss's unit of length, has "
+        words = unit + f"{1 / most:g} to {most:g} base stations"
+        _check("densities_per_km2", wrong.size == 0, words, wrong[:1])
+        return scaled
 
     def fingerprint(self) -> str:
         """Of the values of path loss and fading: what is read from a file may change under the same description."""

@@ -24,6 +24,8 @@ from tokenweave_models.densification.log_domain import log_integral
 _LEFT = np.array([1.0, 2.0, 4.0, 8.0, 16.0, 24.0])  # the weight r^2 falls by exp(-48)
 _RIGHT = 2.0 ** -np.arange(19)  # of a breakpoint, beyond which a light tail may fall at once
 _FLATTEST = 1e-4  # near exponent but 0: the marks of stations seen from r = 0 reach to e = 6 / exponent
+_STEEPEST = 100.0  # beyond, a loss would leave the range of floats within three decades of distance
+_SHORTEST_M, _LONGEST_M = 1e-9, 1e12  # lengths: below an atom, beyond a planet's orbit
 _OUTWARD = np.concatenate([[0.0], 2.0 ** np.arange(-12.0, 41.0)])
 
 
@@ -35,6 +37,21 @@ def check(owner: str, name: str, is_good: bool, words: str, value: object) -> No
 
 def _check_near(owner: str, name: str, exponent: float) -> None:
     check(owner, name, exponent == 0 or exponent >= _FLATTEST, f"0, or {_FLATTEST:g} or more", exponent)
+
+
+def _check_length(owner: str, name: str, length_m: float, other: float) -> None:
+    """Or ``other``: what stands for none."""
+    is_good = length_m == other or _SHORTEST_M <= length_m <= _LONGEST_M
+    check(owner, name, is_good, f"{other:g}, or {_SHORTEST_M:g} to {_LONGEST_M:g} m", length_m)
+
+
+def _check_breakpoints(owner: str, breaks_m: list[float], r_inf_m: float) -> None:
+    is_rising = all(low < high for low, high in pairwise([0.0, *breaks_m, inf]))
+    check(owner, "breakpoints_m", is_rising, "positive, finite and strictly increasing", breaks_m)
+    is_good = all(_SHORTEST_M <= r <= _LONGEST_M for r in breaks_m)
+    check(owner, "breakpoints_m", is_good, f"{_SHORTEST_M:g} to {_LONGEST_M:g} m", breaks_m)
+    last = breaks_m[-1] if breaks_m else 0.0
+    check(owner, "r_inf_m", r_inf_m > last, f"above the last breakpoint ({last:g} m)", r_inf_m)
 
 
 class PathLoss:
@@ -60,8 +77,9 @@ class PathLoss:
 
     def _set_geometry(self, unit_m: float, height_m: float, min_distance_m: float, r_inf_m: float) -> None:
         owner = type(self).__name__
-        check(owner, "height_m", 0 <= height_m < inf, "0 or more and finite", height_m)
-        check(owner, "min_distance_m", 0 <= min_distance_m < inf, "0 or more and finite", min_distance_m)
+        _check_length(owner, "height_m", height_m, 0)
+        _check_length(owner, "min_distance_m", min_distance_m, 0)
+        _check_length(owner, "r_inf_m", r_inf_m, inf)
         check(owner, "r_inf_m", r_inf_m > min_distance_m, f"above min_distance_m={min_distance_m:g}", r_inf_m)
         self.unit_m = unit_m
         self.height, self.min_distance, self.r_inf = (x / unit_m for x in (height_m, min_distance_m, r_inf_m))
@@ -189,22 +207,21 @@ class MultiSlope(PathLoss):
     ) -> None:
         owner, exponents, breaks = "MultiSlope", [float(b) for b in exponents], [float(r) for r in breakpoints_m]
         check(owner, "exponents", len(exponents) >= 1, "at least one number", exponents)
-        check(owner, "exponents", all(0 <= b < inf for b in exponents), "0 or more and finite", exponents)
+        check(owner, "exponents", all(0 <= b <= _STEEPEST for b in exponents), f"0 to {_STEEPEST:g}", exponents)
         is_rising = all(low < high for low, high in pairwise(exponents))
         check(owner, "exponents", is_rising, "strictly increasing", exponents)
         _check_near(owner, "the first exponent", exponents[0])
         words = f"one fewer than the {len(exponents)} exponents"
         check(owner, "breakpoints_m", len(breaks) == len(exponents) - 1, words, breaks)
-        is_rising = all(low < high for low, high in pairwise([0.0, *breaks, inf]))
-        check(owner, "breakpoints_m", is_rising, "positive, finite and strictly increasing", breaks)
-        last = breaks[-1] if breaks else 0.0
-        check(owner, "r_inf_m", r_inf_m > last, f"above the last breakpoint ({last:g} m)", r_inf_m)
+        _check_breakpoints(owner, breaks, r_inf_m)
         self._set_geometry(
             breaks[0] if breaks else height_m or min_distance_m or 1.0, height_m, min_distance_m, r_inf_m
         )
         if r_inf_m == inf:
             words = "above 2 on the infinite plane, or interference is infinite (or give r_inf_m)"
             check(owner, "the last exponent", exponents[-1] > 2, words, exponents[-1])
+        fits = exponents[0] * abs(log(self.unit_m)) < 690
+        check(owner, "the first exponent", fits, f"such that {self.unit_m:g}^exponent is a float", exponents[0])
         self.exponents = np.array(exponents)
         self.breakpoints = np.array(breaks) / self.unit_m
         steps = np.log(self.breakpoints) * -np.diff(self.exponents)
@@ -244,14 +261,14 @@ class StretchedExponential(PathLoss):
     """l(r) = exp(a r^b), r in metres; bounded, and lighter than any power far away. The unit is 1 m, l(0) = 1.
 
     Raises:
-        ValueError: a or b is not positive and finite, or a length is outside its range.
+        ValueError: a is not 1e-12 to 1e6, b not 0.05 to 2, or a length is outside its range.
     """
 
     def __init__(
         self, a: float, b: float, height_m: float = 0.0, min_distance_m: float = 0.0, r_inf_m: float = inf
     ) -> None:
-        check("StretchedExponential", "a", 0 < a < inf, "positive and finite", a)
-        check("StretchedExponential", "b", 0 < b < inf, "positive and finite", b)
+        check("StretchedExponential", "a", 1e-12 <= a <= 1e6, "1e-12 to 1e6", a)
+        check("StretchedExponential", "b", 0.05 <= b <= 2, "0.05 to 2", b)
         self._set_geometry(1.0, height_m, min_distance_m, r_inf_m)
         self.a, self.b = float(a), float(b)
         self.near_exponent, self.far_exponent, self.gain_at_unit = 0.0, inf, 1.0
@@ -300,14 +317,11 @@ class PathLossFunction(PathLoss):
         name: str = "function",
     ) -> None:
         owner, breaks = "PathLossFunction", [float(r) for r in breakpoints_m]
-        check(owner, "near_exponent", 0 <= near_exponent < inf, "0 or more and finite", near_exponent)
+        check(owner, "near_exponent", 0 <= near_exponent <= _STEEPEST, f"0 to {_STEEPEST:g}", near_exponent)
         _check_near(owner, "near_exponent", near_exponent)
         check(owner, "far_exponent", far_exponent >= 0, "0 or more", far_exponent)
-        check(owner, "unit_m", 0 < unit_m < inf, "positive and finite", unit_m)
-        is_rising = all(low < high for low, high in pairwise([0.0, *breaks, inf]))
-        check(owner, "breakpoints_m", is_rising, "positive, finite and strictly increasing", breaks)
-        last = breaks[-1] if breaks else 0.0
-        check(owner, "r_inf_m", r_inf_m > last, f"above the last breakpoint ({last:g} m)", r_inf_m)
+        check(owner, "unit_m", _SHORTEST_M <= unit_m <= _LONGEST_M, f"{_SHORTEST_M:g} to {_LONGEST_M:g} m", unit_m)
+        _check_breakpoints(owner, breaks, r_inf_m)
         self._set_geometry(float(unit_m), height_m, min_distance_m, r_inf_m)
         if r_inf_m == inf:
             words = "above 2 on the infinite plane, or interference is infinite (or give r_inf_m)"

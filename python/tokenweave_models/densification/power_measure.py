@@ -30,6 +30,9 @@ _WHERE_IT_MATTERS = 200.0  # arrivals beyond this are not among the terms of any
 _WEAKEST = 1 / 16
 _END_STEP = 140.0  # of ln L1: exp(-140) stands for 0 beyond the largest power there can be
 _TABLE_ERROR = 1e-5  # of a power, in log2
+# log2 of a power. Neighbours are 16 apart there, and only tails that leave one power above all others come so far.
+# Beyond it the width of a panel is lost in rounding.
+_LARGEST = 2.0**56
 _LN2 = log(2.0)
 Table = TypeVar("Table", LogTable, TwoSidedTable)
 _BELOW = np.array([1.0, 2.0, 4.0, 8.0, 16.0, 24.0])  # the weight r^2 falls by exp(-48)
@@ -133,7 +136,7 @@ class PowerMeasure:
         """mu1, the integral of x dL1: mean interference per unit of density; inf where there is none."""
         integral = exp(min(self.path_loss.log_gain_integral(1.0, np.array([-inf]))[0], 709.0))
         is_finite = self.path_loss.near_exponent < 2 and (self.path_loss.far_exponent > 2 or self.path_loss.r_inf < inf)
-        return float(self.fading.moment(1.0) * integral) if is_finite else inf
+        return float(self.fading.moment(1.0)) * float(integral) if is_finite else inf
 
     @cached_property
     def kappa(self) -> float:
@@ -238,13 +241,19 @@ class PowerMeasure:
         beyond 200, L1 below 1e-300, and in a disc the weakest sixteenth of all powers, where log P may fall to -inf.
 
         Raises:
-            ValueError: the densities are not a positive, finite, ascending pair.
+            ValueError: the densities are not a positive, finite, ascending pair, or powers are so large that their
+                logarithms are not told apart.
         """
         least, most = densities
         if not 0 < least <= most < inf:
             raise ValueError(f"power_table: densities must be a positive, finite, ascending pair, got {densities}")
         low, high = max(SMALLEST_ARRIVAL / most, 2e-38), min(4.0 * MOST_TERMS / least, 1e38)
         powers = self.log_power(np.minimum(np.log([low, high]), self._log_cut)) / _LN2
+        if not powers.max() < _LARGEST:
+            raise ValueError(
+                f"power_table: fading must have a lighter tail at {most:g} base stations per square of the unit of "
+                f"length: the largest power is 2^{powers.max():.3g}, got {self.fading.describe()}"
+            )
         self._check_falls()
 
         # Next to the total log P falls to -inf or has its last kink; no cubic follows it there.

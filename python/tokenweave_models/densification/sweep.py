@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from math import isfinite, nan
+from math import isfinite, log10, nan
 from pathlib import Path
 
 import numpy as np
@@ -21,7 +21,7 @@ from tokenweave_models.densification.network import Network
 from tokenweave_models.densification.result import Result
 from tokenweave_models.densification.run import Progress, Run
 from tokenweave_models.densification.samplers import Settings, choose_method, make_sampler
-from tokenweave_ops import __version__
+from tokenweave_ops import SinrGrid, __version__
 
 MOST_REALISATIONS = 1 << 53  # float64 counts them one by one
 GIVE_UP = 1 << 32  # realisations after which a target error is given up, unless the caller says otherwise
@@ -64,7 +64,7 @@ def sweep(
             one conditional where it can answer, else geometry.
         rate: whether the mean rate is wanted.
         settings: of the samplers.
-        seed: any 64-bit integer. Runs that share it share their realisations, whatever their network.
+        seed: -2^63 to 2^63 - 1. Runs that share it share their realisations, whatever their network.
         device: "cpu" or "cuda", with an index or without.
         progress: called after every call of the sampler.
         checkpoint: a .npz file. If it is there, the run goes on from it; it is written as the run goes and when it is
@@ -81,6 +81,8 @@ def sweep(
     method = choose_method(network, method, rate)
     _check_amount(num_realisations, target_se, most_realisations, method)
     _check_device(device)
+    if not (isinstance(seed, int) and -(2**63) <= seed < 2**63):
+        raise ValueError(f"sweep: seed must be an integer, -2^63 to 2^63 - 1, got {seed}")
     settings = settings or Settings()
     provenance = {
         "version": __version__,
@@ -191,8 +193,9 @@ def _checked_densities(network: Network, densities_per_km2) -> np.ndarray:
 
 def _checked_thresholds(thresholds_db) -> np.ndarray:
     thresholds = np.atleast_1d(np.asarray(thresholds_db, dtype=np.float64))
-    if thresholds.ndim != 1 or not (np.abs(thresholds) <= 300).all():
-        raise ValueError(f"sweep: thresholds_db must be a list of numbers from -300 to 300, got {thresholds}")
+    most = 10 * log10(SinrGrid.LARGEST_THRESHOLD)
+    if thresholds.ndim != 1 or not (np.abs(thresholds) <= most).all():
+        raise ValueError(f"sweep: thresholds_db must be a list of numbers from -{most:g} to {most:g}, got {thresholds}")
     return thresholds
 
 

@@ -30,7 +30,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Sequence
 from functools import reduce
-from math import isfinite
+from math import isfinite, log10
 from operator import mul
 from pathlib import Path
 
@@ -52,6 +52,7 @@ from tokenweave_models.densification.fading import (
     Weibull,
 )
 from tokenweave_models.densification.path_loss import MultiSlope, PathLoss, PathLossTable, StretchedExponential
+from tokenweave_ops import SinrGrid
 
 MOST_VALUES = 1024  # of densities, and of thresholds: what one call of a sampler takes
 _NUMBER = r"[-+]?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?"
@@ -136,15 +137,22 @@ def parse_thresholds(text: str, field: str = "--thresholds") -> np.ndarray:
         low, high, step = (_number(field, THRESHOLDS_FORM, text, word) for word in words)
         if not (low <= high and step > 0 and (high - low) / step < MOST_VALUES):
             raise _refusal(field, THRESHOLDS_FORM, text, f"LOW <= HIGH, STEP > 0 and at most {MOST_VALUES} of them")
-        return low + step * np.arange(int((high - low) / step + 1e-9) + 1)
+        return _in_range(field, text, low + step * np.arange(int((high - low) / step + 1e-9) + 1))
     values = np.array([_number(field, THRESHOLDS_FORM, text, word) for word in body.split(",")])
     if len(values) > MOST_VALUES:
         raise _refusal(field, THRESHOLDS_FORM, text, f"there may be {MOST_VALUES} thresholds")
     if unit == "x":
         if not (values > 0).all():
             raise _refusal(field, THRESHOLDS_FORM, text, "a linear threshold is positive (0dB is 1x)")
-        return 10 * np.log10(values)
-    return values
+        values = 10 * np.log10(values)
+    return _in_range(field, text, values)
+
+
+def _in_range(field: str, text: str, thresholds_db: np.ndarray) -> np.ndarray:
+    most = 10 * log10(SinrGrid.LARGEST_THRESHOLD)
+    if not (np.abs(thresholds_db) <= most).all():
+        raise _refusal(field, THRESHOLDS_FORM, text, f"thresholds are -{most:g} to {most:g} dB")
+    return thresholds_db
 
 
 def parse_length_m(text: str, field: str) -> float:

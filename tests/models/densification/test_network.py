@@ -47,6 +47,12 @@ def test_densities_are_positive_and_finite(density):
         Network(DUAL, Rayleigh()).scaled_density([1.0, density])
 
 
+@pytest.mark.parametrize("density", [1e-22, 1e30])
+def test_densities_that_no_sampler_takes(density):
+    with pytest.raises(ValueError, match=r"such that a square of 10 m, .* has 1e-25 to 1e\+25 base stations, got "):
+        Network(DUAL, Rayleigh()).scaled_density([1.0, density])
+
+
 def test_density_and_noise_are_in_the_unit_of_the_path_loss():
     network = Network(DUAL, Rayleigh(), noise=1e-9)
     assert network.scaled_density([1e4])[0] == pytest.approx(1.0)  # 1 per square of 10 m

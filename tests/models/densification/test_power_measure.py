@@ -318,6 +318,14 @@ def test_table_refuses_densities(densities):
         PowerMeasure(DUAL, Rayleigh()).power_table(densities)
 
 
+def test_table_refuses_powers_whose_logarithms_run_together():
+    measure = PowerMeasure(FLAT_DISC, LogPareto(0.9))
+    assert measure.power_table((1e-9, 2e-9)).inverse.coefficients.isfinite().all()
+    words = r"fading must have a lighter tail at 1e\+06 base stations .* is 2\^[\d.e+]+, got logpareto:0.9"
+    with pytest.raises(ValueError, match=f"^power_table: {words}$"):
+        measure.power_table((1e-9, 1e6))
+
+
 @pytest.mark.parametrize("path_loss, fading", CASES, ids=name)
 def test_geometry_table(path_loss, fading):
     table = geometry_table(path_loss, fading)

@@ -5,6 +5,7 @@ import json
 import subprocess
 import sys
 from math import inf
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -169,6 +170,15 @@ def test_the_best_density_with_its_interval(tmp_path, capsys):
     assert plot.read_bytes().startswith(PNG)
     run_on_cpu("optimum", f"--path-loss={DUAL}", "--range=1,1e5/km2", "--n=2000")
     assert "Verdict: area spectral efficiency rises" in capsys.readouterr().out
+
+
+def test_order_reads_a_sweep_over_a_table(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    Path("marks.txt").write_text("0.1 1\n1 0.5\n3 0.1\n10 0.01\n")
+    words = "--path-loss=slope:4;rinf=200m", "--fading=table:marks.txt", "--densities=1e3/km2", "--n=64"
+    run_on_cpu("sweep", *words, "--out=run.json")
+    run_on_cpu("order", "run.json", "run.json", "--densities=1e3/km2", "--n=64", "--no-rate")
+    assert "table:marks.txt" in capsys.readouterr().out
 
 
 def test_order_reads_networks_and_a_sweeps_json(tmp_path, capsys):

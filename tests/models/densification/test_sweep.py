@@ -122,6 +122,12 @@ def test_formulas_and_samples_agree():
     assert np.isnan(sweep(networks[4], [1.0], [0.0], method="exact", rate=False).rate_nats).all()
 
 
+@pytest.mark.parametrize("seed", [2**63, -(2**63) - 1, 0.5, "7"])
+def test_seeds_beyond_64_bits_are_refused(seed):
+    with pytest.raises(ValueError, match="^sweep: seed must be an integer, -2.63 to 2.63 - 1, got "):
+        sweep(Network(SINGLE, Rayleigh()), [1.0], [0.0], num_realisations=64, seed=seed)
+
+
 @pytest.mark.parametrize(
     "network, threshold_db, words",
     [
@@ -316,8 +322,11 @@ def test_a_method_that_cannot_answer_is_refused(network, method, rate, words):
         ({"target_se": 0.0}, "target_se must be positive, got 0"),
         ({"target_se": np.nan}, "target_se must be positive, got nan"),
         ({"num_realisations": 10, "device": "meta"}, "device must be cpu or cuda, got meta"),
-        ({"num_realisations": 10, "thresholds_db": [np.nan]}, "thresholds_db must be a list of numbers from -300"),
-        ({"num_realisations": 10, "thresholds_db": [1e3]}, "thresholds_db must be a list of numbers from -300"),
+        (
+            {"num_realisations": 10, "thresholds_db": [np.nan]},
+            "thresholds_db must be .* numbers from -180 to 180",
+        ),
+        ({"num_realisations": 10, "thresholds_db": [1e3]}, "thresholds_db must be .* numbers from -180 to 180"),
         ({"num_realisations": 10, "densities_per_km2": []}, "densities_per_km2 must be a list of numbers"),
         ({"num_realisations": 10, "method": "exact"}, "must be left out for method exact"),
     ],

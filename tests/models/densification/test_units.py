@@ -97,6 +97,9 @@ REFUSED = [
     (units.parse_thresholds, "0,3", r"--thresholds must be LOW:HIGH:STEPdB.*the unit is missing"),
     (units.parse_thresholds, "0dB,1x", "dB and linear do not mix"),
     (units.parse_thresholds, "0dB,3dB", "one unit, at the end, holds for all"),
+    (units.parse_thresholds, "200dB", "thresholds are -180 to 180 dB"),
+    (units.parse_thresholds, "1e-19x", "thresholds are -180 to 180 dB"),
+    (units.parse_thresholds, "0:181:1dB", "thresholds are -180 to 180 dB"),
     (units.parse_thresholds, "0x", "a linear threshold is positive"),
     (units.parse_thresholds, "-1,2x", "a linear threshold is positive"),
     (units.parse_thresholds, "0:3:-1dB", "STEP > 0"),
@@ -129,9 +132,9 @@ REFUSED = [
     (units.parse_fading, "rayleigh*", "'' is none of them"),
     (units.parse_fading, "lognormal:8", "lognormal takes dB: the unit is missing"),
     (units.parse_fading, "pareto:3dB", "pareto takes a plain number, not dB"),
-    (units.parse_fading, "pareto:-1", "--fading 'pareto:-1': Pareto: alpha must be positive and finite"),
-    (units.parse_fading, "nakagami:0", "Nakagami: m must be positive and finite"),
-    (units.parse_fading, "lognormal:-8dB", "LogNormal: db must be 0 or more"),
+    (units.parse_fading, "pareto:-1", "--fading 'pareto:-1': Pareto: alpha must be 0.001 to 100"),
+    (units.parse_fading, "nakagami:0", "Nakagami: m must be 0.01 to 1000"),
+    (units.parse_fading, "lognormal:-8dB", "LogNormal: db must be 0 to 300"),
     (units.parse_fading, "gamma:", "'gamma:' is none of them"),
 ]
 

@@ -167,6 +167,13 @@ def _check_power(power: float) -> None:
         raise ValueError(f"moment: power must be 0 or more and finite, got {power}")
 
 
+def check_shape(owner: str, name: str, value: float, least: float, most: float) -> float:
+    """Raises ValueError unless the value is in the range that curves and tables of the law were tried in."""
+    if not least <= value <= most:
+        raise ValueError(f"{owner}: {name} must be {least:g} to {most:g}, got {value}")
+    return float(value)
+
+
 def check_positive(owner: str, name: str, value: float) -> float:
     """Raises ValueError unless the value is positive and finite."""
     if not 0 < value < inf:

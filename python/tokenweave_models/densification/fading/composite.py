@@ -7,7 +7,7 @@ from math import hypot, inf
 
 import numpy as np
 
-from tokenweave_models.densification.fading.base import SMALLEST_E, Fading, LookedUp
+from tokenweave_models.densification.fading.base import SMALLEST_E, Fading, LookedUp, check_shape
 from tokenweave_models.densification.fading.light import LogNormal, NoFading, Rayleigh, db_of
 from tokenweave_models.densification.log_domain import log_integral
 
@@ -89,13 +89,11 @@ class Suzuki(Product):
     """Rayleigh fading times log-normal shadowing of ``db`` dB: mean of the first 1, median of the second 1.
 
     Raises:
-        ValueError: db is not positive and finite.
+        ValueError: db is not 0.01 to 300.
     """
 
     def __init__(self, db: float) -> None:
-        if not 0 < db < inf:
-            raise ValueError(f"Suzuki: db must be positive and finite, got {db}")
-        super().__init__(Rayleigh(), LogNormal(db))
+        super().__init__(Rayleigh(), LogNormal(check_shape("Suzuki", "db", db, 0.01, 300)))
 
 
 def product(first: Fading, second: Fading) -> Fading:

@@ -6,14 +6,14 @@ from math import inf
 
 import numpy as np
 
-from tokenweave_models.densification.fading.base import Fading, check_positive
+from tokenweave_models.densification.fading.base import Fading, check_shape
 
 
 class Pareto(Fading):
     """P(m > x) = x^-alpha for x >= 1: the smallest mark is 1.
 
     Raises:
-        ValueError: alpha is not positive and finite.
+        ValueError: alpha is not 0.001 to 100.
     """
 
     log_kinks = (0.0,)
@@ -21,7 +21,7 @@ class Pareto(Fading):
     tail_constant = 1.0
 
     def __init__(self, alpha: float) -> None:
-        self.tail_index = check_positive("Pareto", "alpha", alpha)
+        self.tail_index = check_shape("Pareto", "alpha", alpha, 1e-3, 100)
 
     def log_survival(self, log_m):
         return -self.tail_index * np.maximum(log_m, 0.0)
@@ -40,7 +40,7 @@ class LogPareto(Fading):
     """P(m > x) = (1 + ln x)^-g for x >= 1: slowly varying, no moment is finite. E ln(1 + m) is finite for g > 1.
 
     Raises:
-        ValueError: g is not positive and finite.
+        ValueError: g is not 0.1 to 100.
     """
 
     log_kinks = (0.0,)
@@ -48,7 +48,7 @@ class LogPareto(Fading):
     tail_index = 0.0
 
     def __init__(self, g: float) -> None:
-        self.g = check_positive("LogPareto", "g", g)
+        self.g = check_shape("LogPareto", "g", g, 0.1, 100)
 
     def log_survival(self, log_m):
         return -self.g * np.log1p(np.maximum(log_m, 0.0))

@@ -7,7 +7,7 @@ from math import ceil, inf, lgamma, log, log10, sqrt
 import numpy as np
 from scipy import special
 
-from tokenweave_models.densification.fading.base import Fading, LookedUp, check_positive
+from tokenweave_models.densification.fading.base import Fading, LookedUp, check_shape
 
 _LN10_OVER_10 = log(10.0) / 10.0  # nepers of power in a decibel
 _RICE_FAR = 1e5  # times the mean: there ln P(m > x) is beyond -1e4
@@ -53,13 +53,11 @@ class Gamma(Fading):
     """Gamma with shape k, mean 1.
 
     Raises:
-        ValueError: k is not positive, or above 1000, where the mark is 1 within 3 % and a jump to any quadrature.
+        ValueError: k is not 0.01 to 1000, where the mark is 1 within 3 % and more would be a jump to any quadrature.
     """
 
     def __init__(self, k: float) -> None:
-        self.k = check_positive(type(self).__name__, self._shape_name, k)
-        if self.k > 1000:
-            raise ValueError(f"{type(self).__name__}: {self._shape_name} must be at most 1000, got {k}; or take none")
+        self.k = check_shape(type(self).__name__, self._shape_name, k, 0.01, 1000)
 
     _shape_name = "k"
 
@@ -136,11 +134,11 @@ class Weibull(Fading):
     """Weibull with shape k, mean 1: P(m > x) = exp(-(Gamma(1 + 1/k) x)^k).
 
     Raises:
-        ValueError: k is not positive and finite.
+        ValueError: k is not 0.01 to 30.
     """
 
     def __init__(self, k: float) -> None:
-        self.k = check_positive("Weibull", "k", k)
+        self.k = check_shape("Weibull", "k", k, 0.01, 30)
         self._log_scale = -lgamma(1 + 1 / self.k)
 
     def log_survival(self, log_m):
@@ -163,13 +161,12 @@ class LogNormal(Fading):
     Light: it has all moments, though limits that depend on the tail are reached late.
 
     Raises:
-        ValueError: db is negative or not finite.
+        ValueError: db is not 0 to 300.
     """
 
     def __init__(self, db: float) -> None:
-        if not 0 <= db < inf:
-            raise ValueError(f"LogNormal: db must be 0 or more and finite, got {db}")
-        self.db, self.sigma = float(db), db * _LN10_OVER_10
+        self.db = check_shape("LogNormal", "db", db, 0, 300)
+        self.sigma = self.db * _LN10_OVER_10
         if self.sigma == 0:
             self.log_kinks, self.log_min, self.log_max = (0.0,), 0.0, 0.0
 

@@ -157,4 +157,4 @@ class FadingTable(Fading):
         return float((slopes * starts * widths).sum() + tail)
 
     def describe(self):
-        return f"{self._name}{'' if not self.tail_is_fitted else f' (tail index {self.tail_index:.3g}, fitted)'}"
+        return self._name

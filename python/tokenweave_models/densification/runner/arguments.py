@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-MOST_REALISATIONS = 2**53  # float64 counts them one by one
+MOST_REALISATIONS = 2**53  # as in sweep, which would load scipy here
 SEED = 7
 
 _PATH_LOSS = "slope:4, ms:0@10m,4, stretched:0.9,0.5 or table:FILE; then ;h=10m ;min=1m ;rinf=40km (in quotes)"

@@ -46,7 +46,7 @@ def run(arguments: argparse.Namespace) -> None:
         num_realisations=arguments.n,
         method=method,
         rate=False,
-        settings=options.settings_of(arguments),
+        settings=options.settings_of(arguments, method),
         seed=arguments.seed,
         device=options.device_of(arguments.device),
         **options.provenance_of(arguments),

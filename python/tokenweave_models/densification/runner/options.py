@@ -16,9 +16,15 @@ from tokenweave_models.common.errors import UserError
 from tokenweave_models.common.output import check_output
 from tokenweave_models.densification import units
 from tokenweave_models.densification.network import Network
-from tokenweave_models.densification.samplers import Settings
+from tokenweave_models.densification.samplers import Settings, choose_method
 
 POSITIONAL = ("a", "b")  # arguments without a name of their own
+SETTINGS = {  # and the methods that look at them
+    "num_terms": ("power",),
+    "rate_nodes": ("power",),
+    "num_points": ("geometry", "conditional"),
+    "residual": ("power", "geometry"),
+}
 RESULT_SUFFIXES = (".npz", ".csv", ".json")
 OWN_ERRORS = ("sweep:", "sample_power_domain:", "sample_geometry:", "rayleigh_conditional:", "compare:", "optimum:")
 
@@ -56,10 +62,17 @@ def make_network(
         )
 
 
-def settings_of(arguments: argparse.Namespace, **defaults: Any) -> Settings:
-    """Of the samplers; what was not given is as in :class:`Settings`, or as in defaults."""
-    names = ("num_terms", "rate_nodes", "num_points", "residual")
-    given = {name: getattr(arguments, name) for name in names if getattr(arguments, name) is not None}
+def method_of(network: Network, arguments: argparse.Namespace, rate: bool) -> str:
+    """The method asked for, or the one that "auto" stands for. Raises UserError: it cannot answer."""
+    with refused_in_words():
+        return choose_method(network, getattr(arguments, "method", "auto"), rate)
+
+
+def settings_of(arguments: argparse.Namespace, method: str, **defaults: Any) -> Settings:
+    """Of the method's sampler; what was not given is as in :class:`Settings`, or as in defaults. Raises UserError: one
+    of another method's was given."""
+    refuse_unused(arguments, f"with method {method}", *(name for name in SETTINGS if method not in SETTINGS[name]))
+    given = {name: getattr(arguments, name) for name in SETTINGS if getattr(arguments, name) is not None}
     with refused_in_words():
         return Settings(**defaults | given)
 
@@ -75,7 +88,7 @@ def check_rate(network: Network, is_wanted: bool, cure: str = "--no-rate asks fo
 def refuse_unused(arguments: argparse.Namespace, why: str, *names: str) -> None:
     """Arguments that would be ignored: what the user meant by them would not happen."""
     for name in names:
-        if getattr(arguments, name) not in (None, False):
+        if (value := getattr(arguments, name)) is not None and value is not False:  # 0 is a value
             raise UserError(f"--{name.replace('_', '-')} has no use {why}")
 
 

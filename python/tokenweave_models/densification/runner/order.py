@@ -29,7 +29,9 @@ def run(arguments: argparse.Namespace) -> None:
     rate = not arguments.no_rate
     for network in networks:
         options.check_rate(network, rate)
-    settings, device = options.settings_of(arguments, residual="mean"), options.device_of(arguments.device)
+    method = options.method_of(networks[0], arguments, rate)
+    settings = options.settings_of(arguments, method, residual="mean")
+    device = options.device_of(arguments.device)
     with options.refused_in_words(), progress() as bar:
         task = bar.add_task("sampling", total=arguments.n)
         found = compare(

@@ -46,7 +46,7 @@ def run(arguments: argparse.Namespace) -> None:
         raise UserError(f"--threshold must be one number with its unit, got {arguments.threshold!r}")
     if densities.max() < 99 * densities.min() or len(densities) < 3:
         raise UserError(f"--densities must be at least 3 over two decades, got {arguments.densities!r}")
-    settings, device = options.settings_of(arguments), options.device_of(arguments.device)
+    settings, device = options.settings_of(arguments, "power"), options.device_of(arguments.device)
     cells = []
     with options.refused_in_words(), progress() as bar:
         task = bar.add_task("sweeps", total=len(near) * len(tails))

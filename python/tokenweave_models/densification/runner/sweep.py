@@ -17,7 +17,6 @@ from tokenweave_models.densification.runner.reporting import (
     written,
 )
 from tokenweave_models.densification.runner.sampling import save, sweep_with_bar
-from tokenweave_models.densification.samplers import choose_method
 from tokenweave_models.densification.sweep import GIVE_UP
 
 REALISATIONS = 2**18  # where neither a number nor an error is asked for
@@ -25,8 +24,7 @@ REALISATIONS = 2**18  # where neither a number nor an error is asked for
 
 def check_arguments(arguments: argparse.Namespace) -> None:
     if arguments.method == "exact":
-        unused = "n", "target_se", "checkpoint", "num_terms", "rate_nodes", "num_points", "residual"
-        options.refuse_unused(arguments, "with --method exact", *unused)
+        options.refuse_unused(arguments, "with --method exact", "n", "target_se", "checkpoint")
     if arguments.n is not None and arguments.target_se is not None:
         raise UserError("--n and --target-se exclude each other: one says how many, the other how well")
     if arguments.target_se is None:
@@ -56,8 +54,7 @@ def run(arguments: argparse.Namespace) -> None:
     thresholds_db = units.parse_thresholds(arguments.thresholds)
     rate = not arguments.no_rate
     options.check_rate(network, rate)
-    with options.refused_in_words():
-        method = choose_method(network, arguments.method, rate)
+    method = options.method_of(network, arguments, rate)
     result = sweep_with_bar(
         "sampling" if method != "exact" else "integrating",
         network,
@@ -65,7 +62,7 @@ def run(arguments: argparse.Namespace) -> None:
         thresholds_db,
         method=method,
         rate=rate,
-        settings=options.settings_of(arguments),
+        settings=options.settings_of(arguments, method),
         seed=arguments.seed,
         device=options.device_of(arguments.device),
         checkpoint=arguments.checkpoint,

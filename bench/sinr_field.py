@@ -31,6 +31,7 @@ THRESHOLDS_8 = tuple(10 ** (db / 10) for db in range(-10, 14, 3))
 THRESHOLDS_8_HIGH = tuple(10 ** (db / 10) for db in range(0, 24, 3))  # the strongest cell needs at least 1
 SWEEP_PER_KM2 = tuple(np.geomspace(1e-1, 1e6, 29).tolist())
 WINDOW_STATIONS = 256
+GPU_SCALE = 64  # realisations of a case on a GPU, for one on a CPU
 BIAS = 1e-3  # of the algorithms at 16 powers and more, tables included
 WINDOW_BIAS = 1e-2  # of the window simulation at 256 stations: coverage is off by 2e-3, the rate by 6e-3
 
@@ -44,7 +45,7 @@ CONDITIONAL_FINISH = 2 * EXP2 + EXP2_WIDE + LOG2 + 28
 
 
 def cases(device: str, quick: bool) -> list[Case]:
-    scale = 1 if device == "cpu" else 64
+    scale = 1 if device == "cpu" else GPU_SCALE
     power = [
         _power_case("16 powers", device, 4 * scale),
         _power_case("16 powers, 40 thresholds", device, scale, thresholds=THRESHOLDS_40),

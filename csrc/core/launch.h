@@ -82,6 +82,7 @@ Status launch(const LaunchConfig& config, const ExecutionContext& context, void 
   emulated.block = {static_cast<uint32_t>(config.block_x), static_cast<uint32_t>(config.block_y), 1};
   emulated.shared_bytes = static_cast<size_t>(config.shared_bytes);
   emulated.cooperative = config.cooperative;
+  emulated.function = reinterpret_cast<const void*>(kernel);
   // Copied by value, as a real launch copies its parameters: a queued launch outlives this frame.
   char report[900];
   if (!simt::run(emulated, [=] { kernel(arguments...); }, report, sizeof(report))) return Status::error("%s", report);

@@ -43,6 +43,21 @@ py::dict counters() {
   return result;
 }
 
+py::list launched() {
+  py::list result;
+  for (const simt::Launched& one : simt::launched()) {
+    py::dict entry;
+    entry["library"] = one.library;
+    entry["offset"] = one.offset;
+    entry["grid"] = one.launch.grid.x;
+    entry["threads"] = one.launch.block.x * one.launch.block.y;
+    entry["shared_bytes"] = one.launch.shared_bytes;
+    entry["cooperative"] = one.launch.cooperative;
+    result.append(entry);
+  }
+  return result;
+}
+
 void register_multicast(uintptr_t address, size_t bytes, const std::vector<uintptr_t>& rank_addresses) {
   if (rank_addresses.empty() || rank_addresses.size() > simt::kMostMulticastRanks) {
     throw std::invalid_argument("rank_addresses must name 1 to " + std::to_string(simt::kMostMulticastRanks) +
@@ -86,6 +101,7 @@ void add_emulator(py::module_ m) {
   m.attr("address_sanitizer") = false;
 #endif
   m.def("counters", &counters);
+  m.def("launched", &launched, "Launches since set_options, oldest first: where the kernel stands, and its shape.");
   m.def(
       "register_peer_memory",
       [](uintptr_t address, size_t bytes) { simt::register_peer_memory(reinterpret_cast<void*>(address), bytes); },

@@ -1,4 +1,6 @@
 // The host's door to the emulator: launches, groups of launches, options. One launch or group runs at a time.
+#include <dlfcn.h>
+
 #include <cstdio>
 #include <cstring>
 #include <map>
@@ -18,6 +20,22 @@ struct Group {
 };
 thread_local std::optional<Group> group;  // open on this host thread
 thread_local bool inside_launch = false;
+
+std::mutex launched_mutex;
+std::vector<Launched> all_launched;
+
+void note_launched(const Launch& launch) {
+  const std::lock_guard lock(launched_mutex);
+  if (all_launched.size() == kMostLaunched) return;
+  Launched one{{}, 0, launch};
+  one.launch.kernel = "";
+  Dl_info place;
+  if (dladdr(launch.function, &place) != 0) {
+    one.library = place.dli_fname;
+    one.offset = reinterpret_cast<uintptr_t>(launch.function) - reinterpret_cast<uintptr_t>(place.dli_fbase);
+  }
+  all_launched.push_back(std::move(one));
+}
 
 bool give_report(const std::string& text, char* report, size_t report_bytes) {
   if (report_bytes > 0) std::snprintf(report, report_bytes, "%s", text.c_str());
@@ -45,6 +63,7 @@ bool run(const Launch& launch, std::function<void()> body, char* report, size_t 
     return give_report("kernel '" + name + "': a block must have 1 to 1024 threads, not " + std::to_string(threads),
                        report, report_bytes);
   }
+  note_launched(launch);
   QueuedLaunch queued{launch, name, std::move(body)};
   if (group) {
     Rank& rank = group->ranks[group->rank];
@@ -106,6 +125,13 @@ void unregister_multicast(const void* begin) {
 void set_options(const Options& options) {
   const std::lock_guard lock(machine_mutex);
   machine.set_options(options);
+  const std::lock_guard launched_lock(launched_mutex);
+  all_launched.clear();
+}
+
+std::vector<Launched> launched() {
+  const std::lock_guard lock(launched_mutex);
+  return all_launched;
 }
 
 Options options() {

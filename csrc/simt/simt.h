@@ -6,6 +6,8 @@
 #include <cstddef>
 #include <cstdint>
 #include <functional>
+#include <string>
+#include <vector>
 
 #define SIMT_API __attribute__((visibility("default")))
 
@@ -82,6 +84,7 @@ struct Launch {
   Dim3 grid, block;
   size_t shared_bytes = 0;
   bool cooperative = false;
+  const void* function = nullptr;  // whose symbol names the template's instance
 };
 
 // Runs the kernel to its end (inside a group: queues it for the current rank). False: `report` says what went wrong.
@@ -120,5 +123,14 @@ struct Counters {
   uint64_t stale_loads = 0;  // loads that were served an older value
 };
 SIMT_API Counters counters();
+
+// What was launched since set_options, oldest first, at most kMostLaunched of it: instances and shapes, for tools.
+constexpr size_t kMostLaunched = 1024;
+struct Launched {
+  std::string library;  // and where in it the kernel begins
+  uint64_t offset = 0;
+  Launch launch;  // without its name, which may be gone
+};
+SIMT_API std::vector<Launched> launched();
 
 }  // namespace simt

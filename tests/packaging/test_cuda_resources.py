@@ -6,39 +6,17 @@ that a kernel is there for. .ci/run runs this file by itself.
 
 import os
 import re
-import shutil
-import subprocess
-import sysconfig
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+
+from bench import kernels, machine_code
+from bench.machine_code import Usage, occupancy, parse_report
 
 ROOT = Path(__file__).resolve().parents[2]
 KERNEL = re.compile(
     r"(?:// registers: <= (?P<budget>\d+)\n(?:template <[^\n]*>\n)?)?TW_KERNEL void[^;{]*?(?P<name>\w+_kernel)\("
 )
-REPORT = re.compile(
-    r"Compiling entry function '(?P<entry>\w+)' for '(?P<target>\w+)'.*?"
-    r"(?P<frame>\d+) bytes stack frame, (?P<stores>\d+) bytes spill stores, (?P<loads>\d+) bytes spill loads.*?"
-    r"Used (?P<registers>\d+) registers",
-    re.DOTALL,
-)
-
-
-@dataclass(frozen=True)
-class Usage:
-    entry: str  # mangled
-    target: str
-    registers: int
-    local_bytes: int  # stack frame and spills
-
-
-def parse_report(text: str) -> list[Usage]:
-    return [
-        Usage(m["entry"], m["target"], int(m["registers"]), int(m["frame"]) + int(m["stores"]) + int(m["loads"]))
-        for m in REPORT.finditer(text)
-    ]
 
 
 def parse_budgets(text: str) -> dict[str, int | None]:
@@ -74,12 +52,10 @@ def test_kernels_stay_within_their_budgets(request):
     # With CUDA asked for, a missing report is a failure: the check must not vanish silently.
     asked = os.environ.get("TOKENWEAVE_CUDA") == "1"
     directory = request.getfixturevalue("cmake_directory")
-    logs = sorted((directory / "ptxas").rglob("*.log"))
-    if not logs:
+    hopper = machine_code.usages(directory)
+    if not hopper:
         assert not asked, f"TOKENWEAVE_CUDA=1, but {directory} holds no report of ptxas"
         pytest.skip("no CUDA kernels were built here")
-    usages = [usage for log in logs for usage in parse_report(log.read_text())]
-    hopper = [usage for usage in usages if usage.target in ("sm_90", "sm_90a")]
     problems = find_problems(hopper, allowed)
     assert not problems, "\n".join(problems)
     compiled = " ".join(usage.entry for usage in hopper)
@@ -90,38 +66,58 @@ def test_kernels_stay_within_their_budgets(request):
 # ------------------------------------------------------------------------------------------------------ instructions
 
 
-def find_tool(name: str) -> str | None:
-    """From the toolkit, or from the package of that name on PyPI (requirements/dev.txt)."""
-    for site in (sysconfig.get_path("purelib"), sysconfig.get_path("platlib")):
-        for path in sorted(Path(site).glob(f"nvidia/*/bin/{name}")):
-            return str(path)
-    return shutil.which(name)
+@pytest.fixture
+def built(request) -> Path:
+    """The CMake directory, which has CUDA kernels and can be disassembled."""
+    asked = os.environ.get("TOKENWEAVE_CUDA") == "1"
+    directory = request.getfixturevalue("cmake_directory")
+    if not (directory / "cuda").is_dir() or None in map(machine_code.find_tool, ("cuobjdump", "nvdisasm")):
+        assert not asked, f"TOKENWEAVE_CUDA=1, but there are no objects in {directory} or no cuobjdump and nvdisasm"
+        pytest.skip("no CUDA kernels were built here, or cuobjdump and nvdisasm are missing")
+    return directory
 
 
 @pytest.fixture
-def machine_code(request):
-    """machine_code("family/op.cu"): its sm_90 code as text, one instruction a line."""
-    asked = os.environ.get("TOKENWEAVE_CUDA") == "1"
-    directory = request.getfixturevalue("cmake_directory") / "cuda"
-    tools = find_tool("cuobjdump"), find_tool("nvdisasm")
-    if not directory.is_dir() or None in tools:
-        assert not asked, f"TOKENWEAVE_CUDA=1, but there are no objects in {directory} or no cuobjdump and nvdisasm"
-        pytest.skip("no CUDA kernels were built here, or cuobjdump and nvdisasm are missing")
-    path = os.pathsep.join([*(str(Path(tool).parent) for tool in tools), os.environ.get("PATH", "")])
+def machine_code_of(built):
+    """machine_code_of("family/op.cu"): its sm_90 code as text, one instruction a line."""
+    return lambda name: machine_code.disassemble(built / "cuda" / f"{name}.o")
 
-    def disassemble(name: str) -> str:
-        command = [tools[0], "-sass", "-arch", "sm_90", str(directory / f"{name}.o")]
-        return subprocess.run(
-            command, env=os.environ | {"PATH": path}, check=True, capture_output=True, text=True
-        ).stdout
 
-    return disassemble
+def test_norms_move_packs_of_16_bytes(machine_code_of):
+    """Every access to rows and weight is 128 bits wide; a reciprocal root by the special unit; no local memory."""
+    code = machine_code.functions(machine_code_of("allreduce_rmsnorm/rms_norm.cu"))
+    packed = {name: body for name, body in code.items() if "rms_norm_kernel" in name}
+    assert len(packed) == 3 * 4 * 2  # dtypes, packs of a thread, with and without a residual
+    for name, body in packed.items():
+        packs, has_residual = re.search(r"Li(\d)ELb(\d)E", name).groups()
+        tensors = 2 + int(has_residual)  # x and weight, and the residual
+        loads, stores = ([one for one in body if re.match(rf"{kind}\.", one)] for kind in ("LDG", "STG"))
+        assert sum(".128" in one for one in loads) >= tensors * int(packs), f"{name}: {loads}"
+        assert sum(".128" in one for one in stores) >= (1 + int(has_residual)) * int(packs), f"{name}: {stores}"
+        assert all(".128" in one for one in loads), f"{name}: {loads}"
+        narrow = [one for one in stores if ".128" not in one]  # the saved root of training, one number a row
+        assert len(narrow) <= 1 and not any(".U16" in one for one in narrow), f"{name}: {narrow}"
+        assert "MUFU.RSQ" in body, name
+        assert not {"LDL", "STL"} & {one.split(".")[0] for one in body}, f"{name}: local memory"
+    for name in code.keys() - packed.keys():
+        assert "rms_norm_scalar_kernel" in name
+
+
+def test_gradients_move_packs_of_16_bytes(machine_code_of):
+    code = machine_code.functions(machine_code_of("allreduce_rmsnorm/rms_norm_backward.cu"))
+    rows = {name: body for name, body in code.items() if "backward_rows" in name and re.search(r"Li[48]E", name)}
+    assert len(rows) == 3  # dtypes
+    for name, body in rows.items():
+        wide = [one for one in body if re.match(r"(LDG|STG)\..*128", one)]
+        assert sum(one.startswith("LDG") for one in wide) >= 4, f"{name}: {wide}"  # grad_y, grad_h, h, weight
+        assert sum(one.startswith("STG") for one in wide) >= 1, f"{name}: {wide}"
+        assert not {"LDL", "STL"} & {one.split(".")[0] for one in body}, f"{name}: local memory"
 
 
 @pytest.mark.parametrize(("dtype", "reduction"), [("bf16", "F32ADD.BF16"), ("fp16", "F32ADD.F16"), ("fp32", "ADD.F32")])
-def test_collectives_use_the_switch(machine_code, dtype, reduction):
+def test_collectives_use_the_switch(machine_code_of, dtype, reduction):
     """multimem.ld_reduce with fp32 additions, multimem.st, multimem.red; 16-byte loads and stores for peers."""
-    code = machine_code(f"allreduce_rmsnorm/allreduce.{dtype}.cu")
+    code = machine_code_of(f"allreduce_rmsnorm/allreduce.{dtype}.cu")
     for instruction in (
         rf"LDGMC\.E\.{reduction}",
         r"STG\.E\.128\.STRONG\.SYS",
@@ -134,9 +130,9 @@ def test_collectives_use_the_switch(machine_code, dtype, reduction):
 
 
 @pytest.mark.parametrize("dtype", ["bf16", "fp16", "fp32"])
-def test_decode_step_streams_its_rows(machine_code, dtype):
+def test_decode_step_streams_its_rows(machine_code_of, dtype):
     """16-byte loads past L1, exponentials by the special unit, tickets at gpu scope; no local memory."""
-    code = machine_code(f"anchor_decoding/decode_step.{dtype}.cu")
+    code = machine_code_of(f"anchor_decoding/decode_step.{dtype}.cu")
     for instruction in (r"LDG\.E\.NA\.128", r"MUFU\.EX2", r"ATOMG\.E\.ADD\.STRONG\.GPU"):
         assert re.search(rf"\b{instruction}", code), f"no {instruction} in the code for {dtype}"
     assert not re.search(r"\b(LDL|STL)\b", code), "local memory"
@@ -147,14 +143,47 @@ def test_decode_step_streams_its_rows(machine_code, dtype):
 
 
 @pytest.mark.parametrize("op", ["sample_power_domain", "sample_geometry", "rayleigh_conditional"])
-def test_samplers_keep_the_bits_of_the_cpu(machine_code, op):
+def test_samplers_keep_the_bits_of_the_cpu(machine_code_of, op):
     """No approximate exponential or logarithm, which differ from a CPU's; counts by one atomic in shared memory."""
-    code = machine_code(f"sinr_field/{op}.cu")
+    code = machine_code_of(f"sinr_field/{op}.cu")
     assert not re.search(r"\bMUFU\.(EX2|LG2)\b", code), "an approximation that no CPU has"
     assert not re.search(r"\b(LDL|STL)\b", code), "local memory"
     assert re.search(r"\bATOMS\.", code), "histograms are not counted in shared memory"
     if op != "rayleigh_conditional":  # which reads its tables once for each realisation
         assert re.search(r"\bLDS\.128\b", code), "the four coefficients of an interval are not one load"
+
+
+def test_the_page_of_kernels_is_what_was_built(built):
+    """docs/performance.md, "Kernels that no GPU has run yet"; numbers of another compiler are not compared."""
+    stated = kernels.BLOCK.search(kernels.PAGE.read_text())[0]
+    if kernels.compiler(built) not in stated:
+        pytest.skip(f"the page is of another compiler than {kernels.compiler(built)}")
+    if not any((built / "lib").glob("libtokenweave_simt*")):
+        pytest.skip("the emulator was not built here")
+    assert kernels.page(built) in stated, "python bench/kernels.py build/cmake-... --write"
+
+
+# ------------------------------------------------------------------------------------------------------- occupancy
+
+
+@pytest.mark.parametrize(
+    ("threads", "registers", "shared_bytes", "blocks", "limit"),
+    [
+        (1024, 32, 0, 2, "warps"),
+        (1024, 33, 0, 1, "registers"),
+        (256, 64, 0, 4, "registers"),
+        (256, 65, 0, 3, "registers"),  # 72 after rounding: 7 warps to each quarter
+        (128, 110, 17808, 4, "registers"),
+        (32, 16, 0, 32, "blocks"),
+        (96, 168, 0, 4, "registers"),  # 12 warps in all
+        (256, 32, 56 * 1024, 4, "shared memory"),
+        (256, 32, 57 * 1024, 3, "shared memory"),  # one KiB a block is the system's
+        (128, 32, 227 * 1024, 1, "shared memory"),
+    ],
+)
+def test_occupancy_is_that_of_the_calculator(threads, registers, shared_bytes, blocks, limit):
+    found = occupancy(threads, registers, shared_bytes)
+    assert (found.blocks, found.warps, found.limit) == (blocks, blocks * threads // 32, limit)
 
 
 # ------------------------------------------------------------------------------------------- the check can fail

@@ -70,6 +70,23 @@ def test_many_blocks_of_1024_threads(kernels, simt):
     assert after["switches"] - before["switches"] >= 300 * 1024
 
 
+def test_what_was_launched_is_kept_until_options_are_set(kernels, simt):
+    simt.set_options()
+    assert simt.launched() == []
+    data = np.zeros((3, 64), dtype=np.float32)
+    for _ in range(2):
+        kernels.barriers.reverse(data, np.empty_like(data), 3, 64, 1, 0)
+    first, second = simt.launched()
+    assert first == second and (first["grid"], first["threads"]) == (3, 64) and not first["cooperative"]
+    assert first["shared_bytes"] >= 64 * 4 and first["offset"] > 0
+    assert Path(first["library"]).name.startswith("_host")  # a test kernel stands there
+    for _ in range(1100):
+        kernels.barriers.reverse(data, np.empty_like(data), 1, 32, 1, 0)
+    assert len(simt.launched()) == 1024  # a long run keeps no more
+    simt.set_options()
+    assert simt.launched() == []
+
+
 def test_launches_from_two_host_threads(kernels, simt):
     """The second waits its turn; a group belongs to the thread that opened it."""
     failures = []

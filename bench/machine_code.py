@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sysconfig
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 REPORT = re.compile(
@@ -58,6 +59,7 @@ def find_tool(name: str) -> str | None:
     return shutil.which(name)
 
 
+@cache
 def disassemble(file: Path) -> str:
     """sm_90 code as text, one instruction a line."""
     tools = find_tool("cuobjdump"), find_tool("nvdisasm")

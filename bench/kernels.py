@@ -15,7 +15,6 @@ import re
 import subprocess
 import sys
 from collections.abc import Callable
-from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -37,10 +36,10 @@ PAGE = ROOT / "docs" / "performance.md"
 BLOCK = re.compile(r"(<!-- kernels -->\n).*?(<!-- end of kernels -->)", re.S)
 BF16, FP32 = torch.bfloat16, torch.float32
 
-# Of other H100s, not measured by this project: estimates rest on them and are labelled as such.
-COPY_BYTES_PER_S = 3.0e12  # a device copy, bytes read and written
+# Not measured by this project: estimates rest on them and are labelled as such.
+COPY_BYTES_PER_S = 3.0e12  # a device copy on another H100, bytes read and written
 LINK_BYTES_PER_S = 273e9  # all-reduce through the switch of 8 GPUs, bytes of x; published with TokenWeave's artifact
-LANE_OPERATIONS_PER_S = 132 * 128 * 1.755e9  # multiprocessors, fp32 lanes, clock under load
+LANE_OPERATIONS_PER_S = 132 * 128 * 1.755e9  # multiprocessors, fp32 lanes, a clock that is assumed
 
 
 # --------------------------------------------------------------------------------------------------- what is launched
@@ -141,9 +140,9 @@ def symbols(library: str) -> dict[int, str]:
 
 def short_name(mangled: str) -> str:
     name = subprocess.run(["c++filt", mangled], check=True, capture_output=True, text=True).stdout.strip()
-    name = re.sub(r"tokenweave::(?:backend_\w+::)?", "", name.removeprefix("void ")).split("(Transport)")
-    name = name[0] + "".join({"0": "peer", "1": "multimem"}.get(part[0], part[0]) + part[1:] for part in name[1:])
-    return name[: name.index("(")].strip() if "(" in name else name
+    name = re.sub(r"tokenweave::(?:backend_\w+::)?", "", name.removeprefix("void "))
+    name = re.sub(r"\(Transport\)(\d)", lambda m: ("peer", "multimem")[int(m[1])], name)
+    return name.partition("(")[0]
 
 
 def kernels(cmake_directory: Path) -> list[Kernel]:
@@ -156,8 +155,7 @@ def kernels(cmake_directory: Path) -> list[Kernel]:
     simt, places, found = testing.host().simt, {}, {}
     for call in calls():
         simt.set_options()
-        with ExitStack() as stack:
-            stack.enter_context(testing.emulated(testing.family(call.family)))
+        with testing.emulated(testing.family(call.family)):
             call.run()
         for launch in simt.launched():
             library = launch["library"]
@@ -176,7 +174,7 @@ def kernels(cmake_directory: Path) -> list[Kernel]:
 
 @dataclass(frozen=True)
 class Estimate:
-    """A case's bytes and operations over what other H100s reach; what a kernel loses on the way is not in it."""
+    """A case's bytes and operations over such limits; what a kernel loses on the way is not in it."""
 
     op: str
     case: str
@@ -232,7 +230,7 @@ NOTES = {
     "MUFU.EX2": r"MUFU\.EX2",
     "multimem": r"LDGMC",
     "stores to peers": r"STG\..*SYS",
-    "grid atomics": r"(ATOMG|RED|REDG)\b",
+    "global atomics": r"(ATOMG|RED|REDG)\b",
     "shared atomics": r"ATOMS",
     "tensor cores": r"(HMMA|HGMMA|QGMMA|IMMA)",
 }

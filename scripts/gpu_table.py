@@ -4,7 +4,7 @@ bench row. From the files that its steps left, so that steps of several calls ad
 
     python scripts/gpu_table.py build/gpu-check bench/results/nvidia-h100
 
-Exits with 1 if a step failed.
+Exits with 1 if a step failed, or a sanitizer found something or did not say what.
 """
 
 from __future__ import annotations
@@ -76,15 +76,17 @@ def main(folder: Path, results: Path) -> int:
     for path in sorted(results.glob("*.json")):
         report.print_tables(report.load(path), terminal)
     found = families(folder)
+    bad = [any(word in cell for cell in row[1:] for word in ("FAILED", "FOUND", "NO SUMMARY")) for row in found]
     if found:
-        bad = [any(word in cell for cell in row[1:] for word in ("FAILED", "FOUND", "NO SUMMARY")) for row in found]
         terminal.table("Families on this GPU", ["case", "tests", *TOOLS], found, bad)
     done = steps(folder)
     failed = ["FAILED" in state for _, _, state in done]
     terminal.table("Steps", ["case", "s", "state"], done, failed)
     if any(failed):
         terminal.print(f"{sum(failed)} of {len(done)} steps failed.")
-    return int(any(failed))
+    if any(bad):
+        terminal.print(f"{sum(bad)} of {len(found)} families are not clean.")
+    return int(any(failed) or any(bad))
 
 
 if __name__ == "__main__":

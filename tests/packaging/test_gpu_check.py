@@ -25,7 +25,7 @@ FAKE_SANITIZER = """#!/bin/sh
 case "$2" in
   memcheck) echo "========= ERROR SUMMARY: $FINDINGS errors"; [ "$FINDINGS" = 0 ] || exit 7 ;;
   racecheck) echo "========= RACECHECK SUMMARY: 0 hazards displayed (0 errors, 0 warnings)" ;;
-  synccheck) echo "cut off" ;;
+  synccheck) echo "$SYNCCHECK" ;;
   *) echo "========= ERROR SUMMARY: 0 errors" ;;
 esac
 """
@@ -33,7 +33,7 @@ esac
 
 @pytest.fixture
 def check(tmp_path):
-    def run(parts=None, failures=0, findings=0, has_gpu=True):
+    def run(parts=None, failures=0, findings=0, synccheck="========= ERROR SUMMARY: 0 errors", has_gpu=True):
         programs = {"python3": FAKE_PYTHON.format(python=sys.executable), "compute-sanitizer": FAKE_SANITIZER}
         for name, text in programs.items():
             (tmp_path / name).write_text(text)
@@ -46,6 +46,7 @@ def check(tmp_path):
             "RESULTS": str(tmp_path / "results"),
             "FAILURES": str(failures),
             "FINDINGS": str(findings),
+            "SYNCCHECK": synccheck,
         }
         environment.pop("PARTS", None)
         if parts:
@@ -66,7 +67,7 @@ def test_every_family_has_a_line_of_what_was_found(check):
     table = done.stdout[done.stdout.index("Families on this GPU") :]
     for family in ("allreduce_rmsnorm", "anchor_decoding", "sinr_field"):
         (line,) = [line for line in lines(table, family) if "passed" in line]
-        assert "7 passed, 2 skipped" in line and line.count("clean") == 3 and "NO SUMMARY" in line
+        assert "7 passed, 2 skipped" in line and line.count("clean") == 4
     assert "bench" not in table
 
 
@@ -76,6 +77,14 @@ def test_a_failure_or_a_finding_is_shown_and_fails_the_whole(check):
     assert "6 passed, 1 FAILED, 2 skipped" in done.stdout and "3 FOUND" in done.stdout
     assert lines(done.stdout, "memcheck sinr_field")[-1].strip().endswith("FAILED (exit 7)")
     assert "steps failed." in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("said", "shown"), [("cut off", "NO SUMMARY"), ("========= ERROR SUMMARY: 2 errors", "2 FOUND")]
+)
+def test_a_sanitizer_that_ends_well_must_have_said_that_it_found_nothing(check, said, shown):
+    done = check(parts="sanitize", synccheck=said)
+    assert done.returncode == 1 and shown in done.stdout and "families are not clean." in done.stdout
 
 
 def test_parts_of_several_calls_add_up(check):

@@ -25,7 +25,7 @@ _LEFT = np.array([1.0, 2.0, 4.0, 8.0, 16.0, 24.0])  # the weight r^2 falls by ex
 _RIGHT = 2.0 ** -np.arange(19)  # of a breakpoint, beyond which a light tail may fall at once
 _FLATTEST = 1e-4  # near exponent but 0: the marks of stations seen from r = 0 reach to e = 6 / exponent
 _STEEPEST = 100.0  # beyond, a loss would leave the range of floats within three decades of distance
-_SHORTEST_M, _LONGEST_M = 1e-9, 1e12  # lengths: below an atom, beyond a planet's orbit
+_SHORTEST_M, _LONGEST_M = 1e-9, 1e12  # lengths: a nanometre, and beyond Jupiter's orbit
 _OUTWARD = np.concatenate([[0.0], 2.0 ** np.arange(-12.0, 41.0)])
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
-from math import isfinite, nan
+from math import isfinite, log10, nan
 
 import numpy as np
 
@@ -24,6 +24,7 @@ from tokenweave_ops.sinr_field import HISTOGRAM_BINS, META_BINS, MOMENTS, RESIDU
 METHODS = ("auto", "power", "geometry", "conditional", "exact")
 POINTS = {"geometry": 256, "conditional": 64}
 MOST_RESIDUAL_SHARE = 0.01  # of the interference in kernel G, the far field's standard deviation
+MOST_DB = 10 * log10(SinrGrid.LARGEST_THRESHOLD)  # of a threshold, and the least is its negative
 MOST_BIAS = 0.01  # of a coverage in kernel P, by its bound
 
 

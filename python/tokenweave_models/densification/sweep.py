@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from math import isfinite, log10, nan
+from math import isfinite, nan
 from pathlib import Path
 
 import numpy as np
@@ -20,8 +20,8 @@ from tokenweave_models.densification.exact_sweep import exact_means
 from tokenweave_models.densification.network import Network
 from tokenweave_models.densification.result import Result
 from tokenweave_models.densification.run import Progress, Run
-from tokenweave_models.densification.samplers import Settings, choose_method, make_sampler
-from tokenweave_ops import SinrGrid, __version__
+from tokenweave_models.densification.samplers import MOST_DB, Settings, choose_method, make_sampler
+from tokenweave_ops import __version__
 
 MOST_REALISATIONS = 1 << 53  # float64 counts them one by one
 GIVE_UP = 1 << 32  # realisations after which a target error is given up, unless the caller says otherwise
@@ -193,9 +193,9 @@ def _checked_densities(network: Network, densities_per_km2) -> np.ndarray:
 
 def _checked_thresholds(thresholds_db) -> np.ndarray:
     thresholds = np.atleast_1d(np.asarray(thresholds_db, dtype=np.float64))
-    most = 10 * log10(SinrGrid.LARGEST_THRESHOLD)
-    if thresholds.ndim != 1 or not (np.abs(thresholds) <= most).all():
-        raise ValueError(f"sweep: thresholds_db must be a list of numbers from -{most:g} to {most:g}, got {thresholds}")
+    if thresholds.ndim != 1 or not (np.abs(thresholds) <= MOST_DB).all():
+        words = f"a list of numbers from -{MOST_DB:g} to {MOST_DB:g}"
+        raise ValueError(f"sweep: thresholds_db must be {words}, got {thresholds}")
     return thresholds
 
 

@@ -30,7 +30,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Sequence
 from functools import reduce
-from math import isfinite, log10
+from math import isfinite
 from operator import mul
 from pathlib import Path
 
@@ -52,7 +52,7 @@ from tokenweave_models.densification.fading import (
     Weibull,
 )
 from tokenweave_models.densification.path_loss import MultiSlope, PathLoss, PathLossTable, StretchedExponential
-from tokenweave_ops import SinrGrid
+from tokenweave_models.densification.samplers import MOST_DB
 
 MOST_VALUES = 1024  # of densities, and of thresholds: what one call of a sampler takes
 _NUMBER = r"[-+]?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?"
@@ -149,9 +149,8 @@ def parse_thresholds(text: str, field: str = "--thresholds") -> np.ndarray:
 
 
 def _in_range(field: str, text: str, thresholds_db: np.ndarray) -> np.ndarray:
-    most = 10 * log10(SinrGrid.LARGEST_THRESHOLD)
-    if not (np.abs(thresholds_db) <= most).all():
-        raise _refusal(field, THRESHOLDS_FORM, text, f"thresholds are -{most:g} to {most:g} dB")
+    if not (np.abs(thresholds_db) <= MOST_DB).all():
+        raise _refusal(field, THRESHOLDS_FORM, text, f"thresholds are -{MOST_DB:g} to {MOST_DB:g} dB")
     return thresholds_db
 
 

@@ -172,10 +172,3 @@ def check_shape(owner: str, name: str, value: float, least: float, most: float) 
     if not least <= value <= most:
         raise ValueError(f"{owner}: {name} must be {least:g} to {most:g}, got {value}")
     return float(value)
-
-
-def check_positive(owner: str, name: str, value: float) -> float:
-    """Raises ValueError unless the value is positive and finite."""
-    if not 0 < value < inf:
-        raise ValueError(f"{owner}: {name} must be positive and finite, got {value}")
-    return float(value)

@@ -53,7 +53,7 @@ class Gamma(Fading):
     """Gamma with shape k, mean 1.
 
     Raises:
-        ValueError: k is not 0.01 to 1000, where the mark is 1 within 3 % and more would be a jump to any quadrature.
+        ValueError: k is not 0.01 to 1000. There the mark is 1 within 3 %; more would be a jump to any quadrature.
     """
 
     def __init__(self, k: float) -> None:
@@ -92,9 +92,8 @@ class Rice(LookedUp):
     """
 
     def __init__(self, k_db: float) -> None:
-        if not -300 <= k_db <= 40:
-            raise ValueError(f"Rice: k_db must be from -300 to 40 dB, got {k_db}")
-        self.k_db, self._k = float(k_db), 10 ** (k_db / 10)
+        self.k_db = check_shape("Rice", "k_db", k_db, -300, 40)
+        self._k = 10 ** (self.k_db / 10)
 
     def _log_hazard_exact(self, log_m):
         y = (1 + self._k) * np.exp(np.clip(log_m, -700.0, 80.0))

@@ -7,7 +7,7 @@ from math import ceil, inf, sqrt
 
 import numpy as np
 
-from tokenweave_models.densification.fading.base import Fading, check_positive
+from tokenweave_models.densification.fading.base import Fading
 
 MAX_POINTS = 200  # of a table: each is a kink that integrals over the law have to stop at
 _FIT_POINTS = 5  # fewest that a tail is fitted to
@@ -109,7 +109,9 @@ class FadingTable(Fading):
         if tail_index is None:
             last = slice(-min(max(_FIT_POINTS, len(m) // 10), len(m)), None)
             tail_index = -np.polyfit(self._log_m[last], self._log_above[last], 1)[0]
-        self.tail_index = check_positive("FadingTable", "tail_index", float(tail_index))
+        if not 0 < tail_index < inf:
+            raise ValueError(f"FadingTable: tail_index must be positive and finite, got {tail_index}")
+        self.tail_index = float(tail_index)
         self.tail_constant = float(np.exp(self._log_above[-1] + self.tail_index * self._log_m[-1]))
 
     @classmethod

@@ -21,7 +21,6 @@ from tokenweave_models.densification.runner.reporting import (
     written,
 )
 from tokenweave_models.densification.runner.sampling import save, sweep_with_bar
-from tokenweave_models.densification.samplers import choose_method
 
 LEVELS = (0.05, 0.5, 0.95)
 LIMIT_DB = np.arange(-30.0, 300.0, 0.25)  # below, no saturation law has anyone; above, one of tiny rho still has some
@@ -34,8 +33,7 @@ def run(arguments: argparse.Namespace) -> None:
     densities = units.parse_densities(arguments.densities)
     thresholds_db = units.parse_thresholds(arguments.thresholds)
     method = "conditional" if arguments.meta and arguments.method == "auto" else arguments.method
-    with options.refused_in_words():
-        method = choose_method(network, method, rate=False)
+    method = options.method_of(network, method, rate=False)
     if arguments.meta and method != "conditional":
         raise UserError("--meta needs --method conditional, whose realisations are geometries")
     result = sweep_with_bar(

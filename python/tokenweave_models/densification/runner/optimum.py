@@ -32,7 +32,7 @@ def run(arguments: argparse.Namespace) -> None:
     network = options.network_of(arguments)
     options.check_rate(network, arguments.quantity == "ase", "--quantity coverage can be asked for")
     provenance = options.provenance_of(arguments)
-    method = options.method_of(network, arguments, rate=arguments.quantity == "ase")
+    method = options.method_of(network, "auto", rate=arguments.quantity == "ase")
     given = {
         "num_realisations": arguments.n,
         "settings": options.settings_of(arguments, method),

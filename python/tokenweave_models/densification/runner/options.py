@@ -62,10 +62,10 @@ def make_network(
         )
 
 
-def method_of(network: Network, arguments: argparse.Namespace, rate: bool) -> str:
-    """The method asked for, or the one that "auto" stands for. Raises UserError: it cannot answer."""
+def method_of(network: Network, method: str, rate: bool) -> str:
+    """The method, or the one that "auto" stands for. Raises UserError: it cannot answer."""
     with refused_in_words():
-        return choose_method(network, getattr(arguments, "method", "auto"), rate)
+        return choose_method(network, method, rate)
 
 
 def settings_of(arguments: argparse.Namespace, method: str, **defaults: Any) -> Settings:

@@ -29,7 +29,7 @@ def run(arguments: argparse.Namespace) -> None:
     rate = not arguments.no_rate
     for network in networks:
         options.check_rate(network, rate)
-    method = options.method_of(networks[0], arguments, rate)
+    method = options.method_of(networks[0], arguments.method, rate)
     settings = options.settings_of(arguments, method, residual="mean")
     device = options.device_of(arguments.device)
     with options.refused_in_words(), progress() as bar:

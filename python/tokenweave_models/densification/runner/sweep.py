@@ -54,7 +54,7 @@ def run(arguments: argparse.Namespace) -> None:
     thresholds_db = units.parse_thresholds(arguments.thresholds)
     rate = not arguments.no_rate
     options.check_rate(network, rate)
-    method = options.method_of(network, arguments, rate)
+    method = options.method_of(network, arguments.method, rate)
     result = sweep_with_bar(
         "sampling" if method != "exact" else "integrating",
         network,
